@@ -1,0 +1,53 @@
+"""GTE multilingual embeddings, dense and sparse in one pass, and hybrid retrieval on a local Chroma.
+
+The names below are imported on first use, so that ``import gte_rag`` is fast and works without the optional packages.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gte_rag.chroma import HybridCollection, Record
+    from gte_rag.encoder import GTEEncoder
+    from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
+    from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
+    from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CollectionMismatchError",
+    "Encoding",
+    "GTEEncoder",
+    "Hit",
+    "HybridCollection",
+    "HybridRetriever",
+    "MissingExtraError",
+    "Record",
+    "SparseMatrix",
+    "SparseVector",
+    "TokenMatch",
+    "__version__",
+]
+
+_HOMES = {
+    "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError"),
+    "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
+    "encoder": ("GTEEncoder",),
+    "chroma": ("HybridCollection", "Record"),
+    "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"gte_rag.{module}"), name)
+    raise AttributeError(f"module 'gte_rag' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,441 @@
+"""From a hub name or a folder to configuration, tokenizer and weights, and back to a folder.
+
+Weights come from safetensors only: no pickle, no code from the checkpoint. Every layout in circulation is brought to the
+parameter names of `gte_rag.model` by one rename table, and keys and shapes must then match exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gte_rag.config import GTEConfig
+from gte_rag.errors import CheckpointError
+from gte_rag.model import GTEModel
+from gte_rag.tokenization import special_token_ids
+
+BUNDLED = {"gte-mini": Path(__file__).parent / "gte_mini"}
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_PROMPTS_FILE = "config_sentence_transformers.json"
+_HUB_FILES = [
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "modules.json",
+    _PROMPTS_FILE,
+    *_TOKENIZER_FILES,
+]
+
+# Foreign parameter names -> those of gte_rag.model, applied in order. The original repositories write
+# `new.encoder.layer.0.attention.qkv_proj`, transformers `gte.layers.0.self_attn.q_proj`; both also occur without prefix.
+_RENAMES = (
+    (r"^(new|gte|model)\.", ""),
+    (r"^embeddings\.LayerNorm\.", "embeddings_ln."),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layer\.", "layers."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.post_attention_layernorm\.", ".attn_ln."),
+    (r"\.post_mlp_layernorm\.", ".mlp_ln."),
+)
+# Parts that some checkpoints store separately -> the packed parameter, in the order of its rows.
+_PACKED = (
+    ("attention.qkv_proj", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    ("mlp.up_gate_proj", ("mlp.up_proj", "mlp.gate_proj")),
+)
+# Buffers some exports contain; they are computed here.
+_BUFFERS = re.compile(r"(inv_freq|position_ids|cos_cached|sin_cached)$")
+_SPECIAL_ROLES = ("cls_token", "bos_token", "eos_token", "sep_token", "pad_token", "unk_token")
+_USUAL_SPECIALS = ("<s>", "</s>", "<pad>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[UNK]")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint read into memory.
+
+    Attributes:
+        folder: Where its files lie.
+        config: The architecture.
+        tokenizer: The tokenizer, without padding or truncation.
+        special_ids: Ids of the cls, bos, eos, sep, pad and unk tokens; they never carry sparse weight.
+        prompts: Text put before queries and documents: ``{"query": …, "document": …}``.
+        weights: Parameters of `GTEModel` by name, in the file's dtype.
+        sparse_head: Weight (1, C) and bias (1,) of the sparse head, or None.
+        without_head: Why there is no sparse head, in words for an error message; empty when there is one.
+    """
+
+    folder: Path
+    config: GTEConfig
+    tokenizer: Tokenizer
+    special_ids: frozenset[int]
+    prompts: Mapping[str, str]
+    weights: Mapping[str, Tensor]
+    sparse_head: tuple[Tensor, Tensor] | None
+    without_head: str
+
+    def fingerprint(self) -> str:
+        """Return 16 hex characters that name this model: the same for every layout and dtype it was saved in.
+
+        Covers the architecture, the vocabulary and 4,096 evenly spaced values of every parameter.
+        """
+        digest = hashlib.sha256()
+        frequencies = [f"{frequency:.5g}" for frequency in self.config.inverse_frequencies().tolist()]  # equal in every dialect
+        digest.update(repr((self.config.num_heads, frequencies)).encode())
+        head = dict(zip(("head.weight", "head.bias"), self.sparse_head or (), strict=False))
+        for name, tensor in sorted({**self.weights, **head}.items()):
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)].float().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
+        for piece, index in sorted(self.tokenizer.get_vocab(with_added_tokens=True).items()):
+            digest.update(f"{piece}\0{index}\0".encode())
+        return digest.hexdigest()[:16]
+
+
+def load_checkpoint(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        name_or_path: ``"gte-mini"`` (bundled), a folder, or a Hugging Face id such as
+            ``"Alibaba-NLP/gte-multilingual-base"``. Only an id causes network access.
+        revision: Branch, tag or commit of a Hugging Face id.
+        cache_dir: Where downloads are kept; by default Hugging Face's own cache.
+        local_files_only: Use what was downloaded before and never the network.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged or of another kind.
+    """
+    folder = find_folder(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    config = GTEConfig.from_dict(_read_json(folder / "config.json"))
+    tokenizer = _read_tokenizer(folder, config)
+    weights, extra = _bring_to_model_names(_read_tensors(folder), config, folder)
+    sparse_head, without_head = _sparse_head(extra, config, folder)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        special_ids=_special_ids(folder, tokenizer) | {config.pad_token_id},
+        prompts=_prompts(folder),
+        weights=weights,
+        sparse_head=sparse_head,
+        without_head=without_head,
+    )
+
+
+def find_folder(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder that holds a checkpoint's ``config.json``, downloading a Hugging Face id if necessary.
+
+    Raises:
+        CheckpointError: There is no such folder, or the id cannot be had.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path is {type(name_or_path).__name__}; give a name, a folder or a Hugging Face id")
+    name = os.fspath(name_or_path)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or folder.exists():
+            raise CheckpointError(
+                f"no checkpoint {name!r}: give {' or '.join(map(repr, BUNDLED))}, an existing folder, or a Hugging Face "
+                "id such as 'Alibaba-NLP/gte-multilingual-base'"
+            )
+        try:
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                    local_files_only=local_files_only,
+                    allow_patterns=_HUB_FILES,
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"cannot fetch {name!r} from Hugging Face ({reason}). Check the name, the revision and the connection, or "
+                "give the folder of a copy on this machine"
+            ) from error
+    if not (folder / "config.json").is_file():
+        nested = _first_module(folder)
+        if nested is None:
+            raise CheckpointError(f"{folder} has no config.json; give the folder that holds a checkpoint")
+        folder = nested
+    return folder
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a checkpoint in the native layout, which `transformers` and `sentence-transformers` load without remote code.
+
+    The folder appears complete or not at all.
+
+    Args:
+        checkpoint: What to write.
+        folder: A folder that does not exist yet, or is empty.
+        dtype: Dtype of the weights in the file; None keeps each as it is.
+
+    Raises:
+        ValueError: The folder is not empty, or the native layout cannot express the architecture.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; give a new one")
+    raw = checkpoint.config.to_dict()
+    raw["architectures"] = ["GteForTokenClassification" if checkpoint.sparse_head else "GteModel"]
+    if checkpoint.sparse_head:
+        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    tensors = {key: value.to(dtype or value.dtype).contiguous().cpu() for key, value in _native_names(checkpoint)}
+    raw["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files: dict[str, Any] = {
+        "config.json": raw,
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ],
+        "sentence_bert_config.json": {
+            "max_seq_length": checkpoint.config.max_position_embeddings,
+            "do_lower_case": False,
+        },
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": checkpoint.config.hidden_size,
+            "pooling_mode_cls_token": True,
+            "pooling_mode_mean_tokens": False,
+        },
+        _PROMPTS_FILE: {"prompts": dict(checkpoint.prompts), "similarity_fn_name": "cosine"},
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        draft = Path(temporary) / "draft"
+        draft.mkdir()
+        for name, content in files.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, draft / name)
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        if target.exists():
+            target.rmdir()  # checked above: empty
+        draft.rename(target)
+
+
+def _first_module(folder: Path) -> Path | None:
+    """Return the transformer's subfolder in a `sentence-transformers` folder that keeps it apart, if there is one."""
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = _read_json(folder / "modules.json", kind=list)
+    path = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
+    nested = folder / path if isinstance(path, str) else folder
+    return nested if (nested / "config.json").is_file() and folder in nested.parents else None
+
+
+def _read_json(path: Path, kind: type = dict) -> Any:  # noqa: ANN401  # JSON has no narrower type
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a {kind.__name__}")
+    return content
+
+
+def _read_tokenizer(folder: Path, config: GTEConfig) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; save the tokenizer with transformers' "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…) to get one"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception for every malformed file
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"{path} has token ids up to {largest} but config.json a vocabulary of {config.vocab_size}; "
+            "these files do not belong together"
+        )
+    if len(tokenizer.encode("").ids) != 2:
+        raise CheckpointError(
+            f"{path} does not put one special token before and one after a text; the dense vector is the first one's"
+        )
+    return tokenizer
+
+
+def _special_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    names: set[str] = set(_USUAL_SPECIALS)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).is_file():
+            raw = _read_json(folder / file)
+            for role in _SPECIAL_ROLES:
+                token = raw.get(role)
+                names.add(str(token.get("content", "")) if isinstance(token, dict) else str(token or ""))
+    return special_token_ids(tokenizer, sorted(names - {""}))
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    """Read the checkpoint's own prompts, under the names `sentence-transformers` gives them."""
+    path = folder / _PROMPTS_FILE
+    given = _read_json(path).get("prompts") or {} if path.is_file() else {}
+    if not isinstance(given, dict) or not all(isinstance(prompt, str) for prompt in given.values()):
+        raise CheckpointError(f"{path}: prompts must map names to strings")
+    document = next((given[name] for name in ("document", "passage", "corpus") if name in given), "")
+    return {"query": given.get("query", ""), "document": document}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint: the single one, or the shards its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} has no weight_map from parameters to files")
+        paths = [folder / name for name in sorted(set(shards.values()))]
+        for path in paths:
+            if path.name not in shards.values() or not path.is_file():
+                raise CheckpointError(f"{index} names {path.name}, which is not beside it; fetch the missing file")
+        return paths
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has its weights only as pickle ({', '.join(pickled)}), which can run code when it is read; convert "
+            "them to model.safetensors first"
+        )
+    raise CheckpointError(f"{folder} has no model.safetensors")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a mapping
+                    tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); fetch it again") from error
+    return tensors
+
+
+def _bring_to_model_names(
+    tensors: dict[str, Tensor], config: GTEConfig, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rename, pack and check; return the network's parameters and whatever belongs to heads."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if _BUFFERS.search(key):
+            continue
+        name = key
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise CheckpointError(f"{folder}: the weights hold {name!r} twice, under different prefixes")
+        renamed[name] = tensor
+    for layer in range(config.num_layers):
+        for packed, parts in _PACKED:
+            for kind in ("weight", "bias"):
+                names = [f"layers.{layer}.{part}.{kind}" for part in parts]
+                if all(name in renamed for name in names):
+                    renamed[f"layers.{layer}.{packed}.{kind}"] = torch.cat([renamed.pop(name) for name in names])
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in GTEModel(config).state_dict().items()}
+    heads = {
+        name: renamed.pop(name) for name in list(renamed) if name.startswith(("classifier.", "pooler.", "lm_head."))
+    }
+    missing, unexpected = sorted(expected.keys() - renamed.keys()), sorted(renamed.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json; missing: {_some(missing)}; unexpected: {_some(unexpected)}"
+        )
+    for name, tensor in renamed.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}; config.json makes it {expected[name]}"
+            )
+    for name, tensor in {**renamed, **heads}.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: {name} is {tensor.dtype}; float32, float16 and bfloat16 weights are supported"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinite values; the file is damaged")
+    return renamed, heads
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
+
+
+def _sparse_head(heads: dict[str, Tensor], config: GTEConfig, folder: Path) -> tuple[tuple[Tensor, Tensor] | None, str]:
+    """Return the sparse head, or None and the reason why there is none."""
+    if any(name.startswith("pooler.") for name in heads):
+        return None, "it has a pooler: it is a reranker, whose classifier scores pairs and not tokens"
+    if "classifier.weight" not in heads:
+        kind = "a masked language model" if any(name.startswith("lm_head.") for name in heads) else "dense only"
+        return None, f"it has no classifier.weight: it is {kind}"
+    weight, bias = heads["classifier.weight"], heads.get("classifier.bias", torch.zeros(1))
+    if tuple(weight.shape) != (1, config.hidden_size) or tuple(bias.shape) != (1,):
+        raise CheckpointError(
+            f"{folder}: classifier.weight has shape {tuple(weight.shape)} and classifier.bias {tuple(bias.shape)}; "
+            f"a sparse head has (1, {config.hidden_size}) and (1,)"
+        )
+    return (weight, bias), ""
+
+
+def _native_names(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
+    """Return the parameters under the names `transformers` gives them."""
+    named: list[tuple[str, Tensor]] = []
+    for name, tensor in checkpoint.weights.items():
+        prefix, _, kind = name.rpartition(".")
+        for packed, parts in _PACKED:
+            if prefix.endswith(packed):
+                pieces = zip(parts, tensor.chunk(len(parts)), strict=True)
+                named += [(f"{prefix.removesuffix(packed)}{part}.{kind}", piece) for part, piece in pieces]
+                break
+        else:
+            named.append((name, tensor))
+    renamed = []
+    for name, tensor in named:
+        name = re.sub(r"^(word_embeddings|token_type_embeddings)\.", r"embeddings.\1.", name)
+        name = re.sub(r"^embeddings_ln\.", "embeddings.LayerNorm.", name).replace(".attention.", ".self_attn.")
+        name = name.replace(".attn_ln.", ".post_attention_layernorm.").replace(".mlp_ln.", ".post_mlp_layernorm.")
+        renamed.append((f"gte.{name}", tensor))
+    if checkpoint.sparse_head:
+        renamed += zip(("classifier.weight", "classifier.bias"), checkpoint.sparse_head, strict=True)
+    return renamed

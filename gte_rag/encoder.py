@@ -1,0 +1,399 @@
+"""The encoder: texts to dense and sparse vectors in one forward pass.
+
+This is the one public way to run a GTE model; the adapters and the retriever call it and nothing below it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from gte_rag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gte_rag.config import GTEConfig
+from gte_rag.errors import CheckpointError
+from gte_rag.heads import dense_vectors, sparse_rows, token_weights
+from gte_rag.model import GTEModel
+from gte_rag.tokenization import Batch, check_texts, pack, tokenize
+from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
+
+# Tokens of a batch. Enough rows to feed the matrix products, few enough that the activations stay near the cores.
+_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Texts tokenized and sorted together: bounds the memory of a long run without hurting the packing.
+_WINDOW = 2048
+_PROGRESS_DELAY_S = 2.0
+_PRECISIONS = ("auto", "float32")
+
+
+class GTEEncoder:
+    """A GTE model that turns texts into dense vectors and sparse token weights.
+
+    Safe to share between threads. Make one with `from_pretrained`.
+
+    Attributes:
+        name: The name or folder it was loaded from.
+        config: The architecture.
+        dimension: Length of the dense vectors when a call does not say otherwise.
+        max_length: Longest text in tokens, special tokens included; longer ones are cut, counted and warned about.
+        device: Where the network runs.
+        precision: The arithmetic of the network: ``"float32"``.
+        query_prompt: Text put before every query, from the checkpoint's own prompt configuration.
+        document_prompt: Text put before every document, likewise.
+        tokenizer: The tokenizer; read only.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        name: str,
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+        dimension: int | None = None,
+        max_length: int = 8192,
+    ) -> None:
+        """Build the network from a checkpoint in memory; `from_pretrained` is the usual way."""
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; accepted here: {', '.join(map(repr, _PRECISIONS))}")
+        self.name = name
+        self.config: GTEConfig = checkpoint.config
+        self.max_length = _check_max_length(max_length, self.config)
+        self.dimension = self._check_dimension(self.config.hidden_size if dimension is None else dimension)
+        self.device = _check_device(device)
+        self.precision = "float32"
+        self.query_prompt = checkpoint.prompts["query"]
+        self.document_prompt = checkpoint.prompts["document"]
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self._checkpoint = checkpoint
+        with torch.device("meta"):
+            self._model = GTEModel(self.config)
+        weights = {key: self._place(value) for key, value in checkpoint.weights.items()}
+        self._model.load_state_dict(weights, assign=True)
+        self._model.eval()
+        head = checkpoint.sparse_head
+        self._head = None if head is None else (self._place(head[0]), self._place(head[1]))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] = "gte-mini",
+        *,
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+        dimension: int | None = None,
+        max_length: int = 8192,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> GTEEncoder:
+        """Load a GTE checkpoint.
+
+        Args:
+            name_or_path: ``"gte-mini"`` (bundled, no download), a folder, or a Hugging Face id such as
+                ``"Alibaba-NLP/gte-multilingual-base"``.
+            device: A torch device such as ``"cpu"`` or ``"cuda:1"``; None takes a GPU if torch sees one.
+            precision: ``"auto"`` or ``"float32"``.
+            dimension: Length of the dense vectors, `config.min_dimension` to `config.hidden_size`; None is the largest.
+            max_length: Longest text in tokens, 3 to the model's own limit (8,192), special tokens included.
+            revision: Branch, tag or commit of a Hugging Face id.
+            cache_dir: Where downloads are kept; by default Hugging Face's own cache.
+            local_files_only: Use what was downloaded before and never the network.
+
+        Raises:
+            CheckpointError: There is no such checkpoint, or it is damaged or of another kind.
+            ValueError: An option is out of range.
+        """
+        checkpoint = load_checkpoint(
+            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return cls(
+            checkpoint,
+            name=os.fspath(name_or_path),
+            device=device,
+            precision=precision,
+            dimension=dimension,
+            max_length=max_length,
+        )
+
+    def __repr__(self) -> str:
+        """Return name, dimension, device and precision."""
+        return f"GTEEncoder({self.name!r}, dimension={self.dimension}, device='{self.device}', {self.precision})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, the width of the sparse vectors."""
+        return self.config.vocab_size
+
+    @property
+    def has_sparse(self) -> bool:
+        """Whether the checkpoint has a sparse head."""
+        return self._head is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights of the network and the sparse head."""
+        head = () if self._head is None else self._head
+        return sum(weight.numel() for weight in (*self._model.parameters(), *head))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex characters that name the model, whatever layout or dtype it was saved in."""
+        return self._checkpoint.fingerprint()
+
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        dense: bool = True,
+        sparse: bool = True,
+        dimension: int | None = None,
+        show_progress: bool = False,
+    ) -> Encoding:
+        """Encode search queries: like `encode_documents`, with the checkpoint's query prompt if it has one.
+
+        Args:
+            texts: The queries; ``[]`` gives zero rows.
+            dense: Whether to return dense vectors.
+            sparse: Whether to return sparse vectors; both come from the same forward pass.
+            dimension: Length of the dense vectors; None is the encoder's own.
+            show_progress: Show a progress bar on stderr once the work has taken two seconds.
+
+        Returns:
+            Row i belongs to ``texts[i]`` and does not depend on the other texts.
+
+        Raises:
+            TypeError: `texts` is not a list of strings.
+            ValueError: A text is not valid Unicode, or `dimension` is out of range, or neither vector is asked for.
+            CheckpointError: Sparse vectors are asked for and the checkpoint has no sparse head.
+        """
+        return self._encode(texts, self.query_prompt, dense, sparse, dimension, show_progress)
+
+    def encode_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        dense: bool = True,
+        sparse: bool = True,
+        dimension: int | None = None,
+        show_progress: bool = False,
+    ) -> Encoding:
+        """Encode documents or passages; arguments, result and errors as for `encode_queries`."""
+        return self._encode(texts, self.document_prompt, dense, sparse, dimension, show_progress)
+
+    async def aencode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        dense: bool = True,
+        sparse: bool = True,
+        dimension: int | None = None,
+        show_progress: bool = False,
+    ) -> Encoding:
+        """Encode queries in a worker thread, so that the event loop goes on meanwhile; see `encode_queries`."""
+        return await _in_thread(
+            self.encode_queries, texts, dense=dense, sparse=sparse, dimension=dimension, show_progress=show_progress
+        )
+
+    async def aencode_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        dense: bool = True,
+        sparse: bool = True,
+        dimension: int | None = None,
+        show_progress: bool = False,
+    ) -> Encoding:
+        """Encode documents in a worker thread, so that the event loop goes on meanwhile; see `encode_queries`."""
+        return await _in_thread(
+            self.encode_documents, texts, dense=dense, sparse=sparse, dimension=dimension, show_progress=show_progress
+        )
+
+    def score_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        dense_weight: float = 1.0,
+        sparse_weight: float = 0.3,
+    ) -> NDArray[np.float32]:
+        """Score query-document pairs: ``dense_weight * cosine + sparse_weight * sparse score``.
+
+        The default weights are those of the model card's example. A component of weight 0 is not computed.
+
+        Args:
+            pairs: (query, document) tuples; ``[]`` gives an empty array.
+            dense_weight: Weight of the cosine of the dense vectors.
+            sparse_weight: Weight of the sparse score, the sum of products of the weights of shared tokens.
+
+        Returns:
+            float32, shape (number of pairs,).
+        """
+        if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
+            raise TypeError(f"pairs is {type(pairs).__name__}; give a list of (query, document) tuples")
+        for position, pair in enumerate(pairs):
+            if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(f"pairs[{position}] is {pair!r:.80}; every pair must be a (query, document) tuple")
+        scores = np.zeros(len(pairs), dtype=np.float32)
+        wanted = {"dense": dense_weight != 0, "sparse": sparse_weight != 0}
+        if not pairs or not any(wanted.values()):
+            return scores
+        queries = self.encode_queries([query for query, _ in pairs], **wanted)
+        documents = self.encode_documents([document for _, document in pairs], **wanted)
+        if queries.dense is not None and documents.dense is not None:
+            scores += np.float32(dense_weight) * np.einsum("nd,nd->n", queries.dense, documents.dense)
+        if queries.sparse is not None and documents.sparse is not None:
+            products = [query.dot(document) for query, document in zip(queries.sparse, documents.sparse, strict=True)]
+            scores += np.float32(sparse_weight) * np.array(products, dtype=np.float32)
+        return scores
+
+    def token_weights(self, sparse_vector: SparseVector) -> dict[str, float]:
+        """Return a sparse vector for people: token strings and weights, highest first.
+
+        Different tokens can have the same string (``▁the`` and ``the``); the larger weight is kept, as in the reference.
+        Scores are computed on token ids, where nothing collides.
+        """
+        weights: dict[str, float] = {}
+        strings = self.token_strings(sparse_vector.indices.tolist())
+        for string, weight in zip(strings, sparse_vector.values.tolist(), strict=True):
+            weights[string] = max(weight, weights.get(string, 0.0))
+        return dict(sorted(weights.items(), key=lambda item: -item[1]))
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Return each token id as text, without the mark of a word's beginning."""
+        strings: list[str] = self.tokenizer.decode_batch([[int(token_id)] for token_id in ids])
+        return strings
+
+    def count_tokens(self, text: str) -> int:
+        """Return the length of a text in tokens, special tokens included, before any truncation."""
+        return len(self.tokenizer.encode(check_texts([text])[0]).ids)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+        """Save model and tokenizer so that this package, `transformers` and `sentence-transformers` load them natively.
+
+        Args:
+            folder: A new or empty folder; it appears complete or not at all.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None keeps the dtype of the checkpoint.
+
+        Raises:
+            ValueError: The folder is not empty, `dtype` is another one, or the architecture has no native form.
+        """
+        dtypes = {None: None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if dtype not in dtypes:
+            raise ValueError(f"dtype is {dtype!r}; accepted: 'float32', 'float16', 'bfloat16' and None")
+        save_checkpoint(self._checkpoint, folder, dtype=dtypes[dtype])
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        dense: bool,
+        sparse: bool,
+        dimension: int | None,
+        show_progress: bool,
+    ) -> Encoding:
+        checked = check_texts(texts)
+        if not dense and not sparse:
+            raise ValueError("dense and sparse are both False; ask for at least one of them")
+        if sparse and self._head is None:
+            raise CheckpointError(
+                f"{self.name} gives no sparse vectors: {self._checkpoint.without_head}. Call with sparse=False, or load a "
+                "checkpoint with a sparse head such as 'Alibaba-NLP/gte-multilingual-base'"
+            )
+        dimension = self.dimension if dimension is None else self._check_dimension(dimension)
+        vectors = np.empty((len(checked), dimension), dtype=np.float32)
+        matrices: list[SparseMatrix] = []
+        rows: list[NDArray[np.int64]] = []
+        truncated = 0
+        with tqdm(total=len(checked), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
+            for start in range(0, len(checked), _WINDOW):
+                window = (
+                    [prompt + text for text in checked[start : start + _WINDOW]]
+                    if prompt
+                    else (checked[start : start + _WINDOW])
+                )
+                token_ids, cut = tokenize(self.tokenizer, window, self.max_length)
+                truncated += cut
+                for batch in pack(token_ids, _MAX_BATCH_TOKENS.get(self.device.type, 8192)):
+                    hidden_dense, weights = self._forward(batch, dimension if dense else 0, sparse)
+                    if hidden_dense is not None:
+                        vectors[start + batch.rows] = hidden_dense
+                    if weights is not None:
+                        matrices.append(weights)
+                        rows.append(start + batch.rows)
+                    progress.update(len(batch.rows))
+        if truncated:
+            warnings.warn(
+                f"{truncated} of {len(checked)} texts are longer than max_length={self.max_length} tokens and were cut",
+                stacklevel=3,
+            )
+        stacked: SparseMatrix | None = None
+        if sparse:
+            stacked = SparseMatrix.stack(matrices, self.vocab_size)
+            if rows:
+                stacked = stacked.take(np.argsort(np.concatenate(rows)))
+        return Encoding(vectors if dense else None, stacked, truncated)
+
+    @torch.inference_mode()
+    def _forward(
+        self, batch: Batch, dimension: int, sparse: bool
+    ) -> tuple[NDArray[np.float32] | None, SparseMatrix | None]:
+        """Run one batch; a dimension of 0 leaves the dense vectors out."""
+        cu_seqlens = torch.from_numpy(batch.cu_seqlens)
+        hidden = self._model(torch.from_numpy(batch.token_ids).to(self.device), cu_seqlens)
+        dense = dense_vectors(hidden[cu_seqlens[:-1].to(self.device)], dimension).cpu().numpy() if dimension else None
+        if not sparse or self._head is None:
+            return dense, None
+        rows = sparse_rows(
+            token_weights(hidden, *self._head).cpu().numpy(),
+            batch.token_ids,
+            batch.cu_seqlens,
+            vocab_size=self.vocab_size,
+            special_ids=self._checkpoint.special_ids,
+        )
+        return dense, rows
+
+    def _place(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.device, torch.float32)
+
+    def _check_dimension(self, dimension: int) -> int:
+        least, most = self.config.min_dimension, self.config.hidden_size
+        if isinstance(dimension, bool) or not isinstance(dimension, (int, np.integer)):
+            raise TypeError(f"dimension is {dimension!r}; give a whole number from {least} to {most}")
+        if not least <= dimension <= most:
+            raise ValueError(f"dimension is {dimension}; this model gives dense vectors of {least} to {most}")
+        return int(dimension)
+
+
+async def _in_thread(function: Callable[..., Encoding], *args: Any, **options: Any) -> Encoding:  # noqa: ANN401
+    return await asyncio.to_thread(partial(function, *args, **options))
+
+
+def _check_max_length(max_length: int, config: GTEConfig) -> int:
+    most = config.max_position_embeddings
+    if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)):
+        raise TypeError(f"max_length is {max_length!r}; give a whole number of tokens from 3 to {most}")
+    if not 3 <= max_length <= most:
+        raise ValueError(f"max_length is {max_length}; this model reads 3 to {most} tokens, special tokens included")
+    return int(max_length)
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"device {device!r} is not available ({reason}); None chooses one, 'cpu' always works"
+        ) from error
+    return chosen

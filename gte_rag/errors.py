@@ -1,0 +1,35 @@
+"""The few errors a caller would want to catch by class.
+
+Wrong arguments raise the built-in `TypeError` and `ValueError`; only situations a program can react to have a class of
+their own, and each is a subclass of the built-in it specialises.
+"""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded; the message names the file or key, the reason and what to do."""
+
+
+class CollectionMismatchError(ValueError):
+    """A collection was made by another model, with another dimension, or with another distance."""
+
+
+class MissingExtraError(ImportError):
+    """A feature needs a package that is not installed; the message names the extra and the command."""
+
+
+def missing_extra(package: str, extra: str) -> MissingExtraError:
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        package: The distribution that could not be imported, for example ``"chromadb"``.
+        extra: The extra of ``gte-rag`` that installs it, for example ``"chroma"``.
+
+    Returns:
+        The exception, ready to be raised from the `ImportError` it explains.
+    """
+    return MissingExtraError(
+        f"this needs the package {package!r}, which is not installed: run  pip install 'gte-rag[{extra}]'",
+        name=package,
+    )

@@ -1,0 +1,5 @@
+"""GTE embeddings for LlamaIndex."""
+
+from llama_index.embeddings.gte.base import GTEEmbedding
+
+__all__ = ["GTEEmbedding"]

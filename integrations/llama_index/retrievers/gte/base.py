@@ -1,0 +1,193 @@
+"""Hybrid retrieval, dense and sparse, as a LlamaIndex retriever, and the way of nodes into its collection and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
+from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+
+from gte_rag.chroma import HybridCollection
+from gte_rag.retriever import Hit, HybridRetriever
+
+# The keys under which LlamaIndex's stores keep a node; what they hold is not the user's metadata.
+_NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
+_CONDITIONS = {FilterCondition.AND: "$and", FilterCondition.OR: "$or"}
+_OPERATORS = {
+    FilterOperator.EQ: "$eq",
+    FilterOperator.NE: "$ne",
+    FilterOperator.GT: "$gt",
+    FilterOperator.GTE: "$gte",
+    FilterOperator.LT: "$lt",
+    FilterOperator.LTE: "$lte",
+    FilterOperator.IN: "$in",
+    FilterOperator.NIN: "$nin",
+}
+
+
+class GTEHybridRetriever(BaseRetriever):
+    """Retrieves nodes from a `HybridCollection` by dense and sparse scores together.
+
+    Nodes come back as they were given to `add_nodes`, relationships and nested metadata included. A record that something
+    else wrote becomes a `TextNode` with the record's id, text and metadata. The score of a `NodeWithScore` is the fused
+    one; its parts are not put into the metadata, which LlamaIndex shows to the language model and hashes to tell nodes
+    apart. `gte_rag.retriever.HybridRetriever` returns them.
+
+    ```python
+    retriever = GTEHybridRetriever(collection, similarity_top_k=5)
+    retriever.add_nodes(SentenceSplitter().get_nodes_from_documents(documents))
+    RetrieverQueryEngine.from_args(retriever)
+    ```
+
+    Attributes:
+        collection: The collection to search; its encoder embeds the queries.
+        similarity_top_k: How many nodes to return; may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        collection: HybridCollection,
+        *,
+        similarity_top_k: int = DEFAULT_SIMILARITY_TOP_K,
+        candidates: int = 100,
+        mode: str = "rescore",
+        fusion: str = "weighted",
+        dense_weight: float = 1.0,
+        sparse_weight: float = 0.3,
+        filters: MetadataFilters | None = None,
+        where: dict[str, Any] | None = None,
+        where_document: dict[str, Any] | None = None,
+        callback_manager: CallbackManager | None = None,
+        object_map: dict[str, Any] | None = None,
+        objects: list[IndexNode] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        """Prepare a retriever; nothing is read yet.
+
+        Args:
+            collection: The collection to search.
+            similarity_top_k: How many nodes to return; the default is LlamaIndex's.
+            candidates: How many records the first stage gives to the second.
+            mode: How candidates are found; see `gte_rag.retriever.HybridRetriever`.
+            fusion: How the two scores become one; see there.
+            dense_weight: Weight of the dense score.
+            sparse_weight: Weight of the sparse score.
+            filters: LlamaIndex filters on metadata: comparisons, IN and NIN, combined by AND and OR.
+            where: The same as a Chroma filter; give one of the two.
+            where_document: Chroma filter on the text.
+            callback_manager: LlamaIndex's callbacks.
+            object_map: Objects behind index nodes, by index id.
+            objects: The same as a list of nodes that carry their objects.
+            verbose: Print the steps of recursive retrieval.
+
+        Raises:
+            ValueError: An option is out of range, or a filter cannot be expressed in Chroma.
+        """
+        if filters is not None and where is not None:
+            raise ValueError("filters and where are both given; give one of them")
+        self.collection = collection
+        self.similarity_top_k = similarity_top_k
+        self._where = where if filters is None else _chroma_filter(filters)
+        self._where_document = where_document
+        self._retriever = HybridRetriever(
+            collection,
+            k=similarity_top_k,
+            candidates=candidates,
+            mode=mode,
+            fusion=fusion,
+            dense_weight=dense_weight,
+            sparse_weight=sparse_weight,
+        )
+        super().__init__(callback_manager=callback_manager, object_map=object_map, objects=objects, verbose=verbose)
+
+    def add_nodes(self, nodes: Sequence[BaseNode], *, show_progress: bool = False) -> list[str]:
+        """Embed nodes and put them into the collection, in the form LlamaIndex's own Chroma store reads too.
+
+        A node's text is embedded as it is, without its metadata. Metadata values that Chroma holds (strings, numbers,
+        booleans, lists of one kind of these) can be filtered on; all others come back but cannot.
+
+        Args:
+            nodes: Nodes or documents; one whose id is in the collection replaces that record.
+            show_progress: Whether to show a progress bar.
+
+        Returns:
+            The ids, in the order of `nodes`.
+
+        Raises:
+            ValueError: Two nodes have the same id, or Chroma refuses a metadata key.
+        """
+        ids = [node.node_id for node in nodes]
+        texts = [node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
+        self.collection.upsert(ids, texts, metadatas=[_metadata(node) for node in nodes], show_progress=show_progress)
+        return ids
+
+    def delete_ref_doc(self, ref_doc_id: str) -> None:
+        """Delete the nodes that were cut from a document.
+
+        Args:
+            ref_doc_id: The id of the document; without nodes of it nothing happens.
+        """
+        self.collection.delete(where={"ref_doc_id": ref_doc_id})
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return _nodes(self._retriever.search(query_bundle.query_str, **self._options()))
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return _nodes(await self._retriever.asearch(query_bundle.query_str, **self._options()))
+
+    def _options(self) -> dict[str, Any]:
+        return {"k": self.similarity_top_k, "where": self._where, "where_document": self._where_document}
+
+
+def _metadata(node: BaseNode) -> dict[str, Any]:
+    stored = node_to_metadata_dict(node, remove_text=True, flat_metadata=False)
+    return {key: value for key, value in stored.items() if _is_storable(value)}
+
+
+def _is_storable(value: object) -> bool:
+    items: list[Any] = value if isinstance(value, list) else [value]
+    if len({type(item) for item in items}) != 1:
+        return False
+    first = items[0]
+    if isinstance(first, float):
+        return all(map(math.isfinite, items))
+    return isinstance(first, str) or (isinstance(first, int) and all(-(2**63) <= item < 2**63 for item in items))
+
+
+def _nodes(hits: Sequence[Hit]) -> list[NodeWithScore]:
+    return [NodeWithScore(node=_node(hit), score=hit.score) for hit in hits]
+
+
+def _node(hit: Hit) -> BaseNode:
+    if "_node_content" not in hit.metadata:
+        return TextNode(id_=hit.id, text=hit.text, metadata=dict(hit.metadata))
+    node = metadata_dict_to_node(dict(hit.metadata), text=hit.text)
+    node.id_ = hit.id
+    # The record is the truth: a value changed there since the node was stored must not come back in its old form.
+    node.metadata.update({key: value for key, value in hit.metadata.items() if key not in _NODE_KEYS})
+    return node
+
+
+def _chroma_filter(filters: MetadataFilters) -> dict[str, Any] | None:
+    condition = filters.condition or FilterCondition.AND
+    if condition not in _CONDITIONS:
+        raise ValueError(f"filter condition {condition.name} is not known to Chroma; accepted here: AND, OR")
+    clauses: list[dict[str, Any] | None] = []
+    for item in filters.filters:
+        if isinstance(item, MetadataFilters):
+            clauses.append(_chroma_filter(item))
+        elif item.operator in _OPERATORS:
+            clauses.append({item.key: {_OPERATORS[item.operator]: item.value}})
+        else:
+            accepted = ", ".join(operator.name for operator in _OPERATORS)
+            raise ValueError(f"filter on {item.key!r} uses {item.operator.name}; accepted here: {accepted}")
+    present = [clause for clause in clauses if clause]
+    if len(present) < 2:  # Chroma combines two clauses at least
+        return present[0] if present else None
+    return {_CONDITIONS[condition]: present}

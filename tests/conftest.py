@@ -1,0 +1,38 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+# A test that needs the network is a mistake: fail at once instead of waiting for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
+
+from gte_rag import GTEEncoder
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+
+@pytest.fixture(scope="session")
+def encoder() -> GTEEncoder:
+    """The bundled encoder, loaded once."""
+    return GTEEncoder.from_pretrained()
+
+
+@pytest.fixture
+def chroma_client() -> Iterator[ClientAPI]:
+    """An empty in-memory Chroma; every test has a database of its own."""
+    chromadb = pytest.importorskip("chromadb")
+    settings = chromadb.Settings(anonymized_telemetry=False)
+    admin = chromadb.AdminClient(settings)
+    database = f"test-{uuid4().hex}"
+    admin.create_database(database)
+    yield chromadb.EphemeralClient(settings=settings, database=database)
+    admin.delete_database(database)
