@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -59,6 +59,11 @@ _PACKED = (
     ("attention.qkv_proj", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
     ("mlp.up_gate_proj", ("mlp.up_proj", "mlp.gate_proj")),
 )
+# What fetching can raise: the base of the hub's own error is its HTTP library's, whose proxy and protocol errors come through.
+_FETCH_ERRORS = cast(
+    "tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, OSError)
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers some exports contain; they are computed here.
 _BUFFERS = re.compile(r"(inv_freq|position_ids|cos_cached|sin_cached)$")
 _SPECIAL_ROLES = ("cls_token", "bos_token", "eos_token", "sep_token", "pad_token", "unk_token")
@@ -95,7 +100,8 @@ class Checkpoint:
         Covers the architecture, the vocabulary and 4,096 evenly spaced values of every parameter.
         """
         digest = hashlib.sha256()
-        frequencies = [f"{frequency:.5g}" for frequency in self.config.inverse_frequencies().tolist()]  # equal in every dialect
+        # Five digits are equal in every dialect.
+        frequencies = [f"{frequency:.5g}" for frequency in self.config.inverse_frequencies().tolist()]
         digest.update(repr((self.config.num_heads, frequencies)).encode())
         head = dict(zip(("head.weight", "head.bias"), self.sparse_head or (), strict=False))
         for name, tensor in sorted({**self.weights, **head}.items()):
@@ -160,7 +166,7 @@ def find_folder(
     name = os.fspath(name_or_path)
     if name in BUNDLED:
         return BUNDLED[name]
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name)).absolute()  # saving reads it again, perhaps from another working directory
     if not folder.is_dir():
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or folder.exists():
             raise CheckpointError(
@@ -177,7 +183,7 @@ def find_folder(
                     allow_patterns=_HUB_FILES,
                 )
             )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except _FETCH_ERRORS as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"cannot fetch {name!r} from Hugging Face ({reason}). Check the name, the revision and the connection, or "
@@ -206,7 +212,7 @@ def save_checkpoint(
     Raises:
         ValueError: The folder is not empty, or the native layout cannot express the architecture.
     """
-    target = Path(folder)
+    target = Path(os.path.expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; give a new one")
     raw = checkpoint.config.to_dict()
@@ -241,7 +247,7 @@ def save_checkpoint(
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in _TOKENIZER_FILES:
-            if (checkpoint.folder / name).is_file():
+            if name == "tokenizer.json" or (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, draft / name)
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
         if target.exists():
@@ -366,13 +372,23 @@ def _bring_to_model_names(
             name = re.sub(pattern, replacement, name)
         if name in renamed:
             raise CheckpointError(f"{folder}: the weights hold {name!r} twice, under different prefixes")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder}: {key} is {tensor.dtype}; floating-point weights of 16, 32 or 64 bits are supported"
+            )
         renamed[name] = tensor
     for layer in range(config.num_layers):
         for packed, parts in _PACKED:
             for kind in ("weight", "bias"):
                 names = [f"layers.{layer}.{part}.{kind}" for part in parts]
                 if all(name in renamed for name in names):
-                    renamed[f"layers.{layer}.{packed}.{kind}"] = torch.cat([renamed.pop(name) for name in names])
+                    pieces = [renamed.pop(name) for name in names]
+                    shapes = sorted({tuple(piece.shape) for piece in pieces})
+                    if len(shapes) > 1 or shapes == [()]:
+                        raise CheckpointError(
+                            f"{folder}: {', '.join(names)} have shapes {', '.join(map(str, shapes))}; they must be equal"
+                        )
+                    renamed[f"layers.{layer}.{packed}.{kind}"] = torch.cat(pieces)
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in GTEModel(config).state_dict().items()}
     heads = {
@@ -389,10 +405,6 @@ def _bring_to_model_names(
                 f"{folder}: {name} has shape {tuple(tensor.shape)}; config.json makes it {expected[name]}"
             )
     for name, tensor in {**renamed, **heads}.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{folder}: {name} is {tensor.dtype}; float32, float16 and bfloat16 weights are supported"
-            )
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder}: {name} holds NaN or infinite values; the file is damaged")
     return renamed, heads

@@ -18,6 +18,7 @@ from gte_rag.errors import CheckpointError
 
 # The paper trained every multiple of 32 as an elastic dimension (arXiv:2407.19669, section 3.3).
 _SMALLEST_DIMENSION = 32
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class GTEConfig:
             raise CheckpointError(
                 f"config.json: hidden_size {hidden_size} does not split into {num_heads} heads of an even width"
             )
+        if raw.get("head_dim") not in (None, hidden_size // num_heads):
+            raise CheckpointError(
+                f"config.json sets head_dim {raw['head_dim']!r}; it must be hidden_size / num_attention_heads"
+            )
         theta, scaling = _rotary(raw, native=model_type == "gte")
         return cls(
             vocab_size=_positive(raw, "vocab_size"),
@@ -191,9 +196,6 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         given = raw.get(key)
         if given is not None and given not in values:
             raise CheckpointError(f"config.json sets {key} to {given!r}; this network supports {values[0]!r} only")
-    head_dim = raw.get("head_dim")
-    if head_dim is not None and head_dim * raw.get("num_attention_heads", 0) != raw.get("hidden_size"):
-        raise CheckpointError(f"config.json sets head_dim {head_dim}; it must be hidden_size / num_attention_heads")
 
 
 def _rotary(raw: Mapping[str, Any], *, native: bool) -> tuple[float, RotaryScaling]:
@@ -218,7 +220,7 @@ def _rotary(raw: Mapping[str, Any], *, native: bool) -> tuple[float, RotaryScali
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
         raise CheckpointError(f"config.json: {name} is {value!r}; it must be a number greater than 0")
     return float(value)
 
@@ -234,7 +236,7 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None, *, l
 
 def _dimensions(given: object, hidden_size: int) -> tuple[int, ...]:
     if not isinstance(given, (list, tuple)) or not all(
-        isinstance(dim, int) and 1 <= dim <= hidden_size for dim in given
+        isinstance(dim, int) and not isinstance(dim, bool) and 1 <= dim <= hidden_size for dim in given
     ):
         raise CheckpointError(
             f"config.json: matryoshka_dimensions is {given!r}; it must list whole numbers from 1 to {hidden_size}"

@@ -235,12 +235,22 @@ class GTEEncoder:
 
         Returns:
             float32, shape (number of pairs,).
+
+        Raises:
+            TypeError: `pairs` is not a list of pairs of strings, or a weight is not a number.
+            ValueError: A text is not valid Unicode, or a weight is not finite.
+            CheckpointError: The sparse score is asked for and the checkpoint has no sparse head.
         """
         if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
             raise TypeError(f"pairs is {type(pairs).__name__}; give a list of (query, document) tuples")
         for position, pair in enumerate(pairs):
             if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(f"pairs[{position}] is {pair!r:.80}; every pair must be a (query, document) tuple")
+        for name, weight in (("dense_weight", dense_weight), ("sparse_weight", sparse_weight)):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
+                raise TypeError(f"{name} is {weight!r}; give a number")
+            if not np.isfinite(weight):
+                raise ValueError(f"{name} is {weight!r}; give a finite number")
         scores = np.zeros(len(pairs), dtype=np.float32)
         wanted = {"dense": dense_weight != 0, "sparse": sparse_weight != 0}
         if not pairs or not any(wanted.values()):
@@ -304,8 +314,8 @@ class GTEEncoder:
             raise ValueError("dense and sparse are both False; ask for at least one of them")
         if sparse and self._head is None:
             raise CheckpointError(
-                f"{self.name} gives no sparse vectors: {self._checkpoint.without_head}. Call with sparse=False, or load a "
-                "checkpoint with a sparse head such as 'Alibaba-NLP/gte-multilingual-base'"
+                f"{self.name} gives no sparse vectors: {self._checkpoint.without_head}. Call with sparse=False (score_pairs: "
+                "sparse_weight=0), or load a checkpoint with a sparse head such as 'Alibaba-NLP/gte-multilingual-base'"
             )
         dimension = self.dimension if dimension is None else self._check_dimension(dimension)
         vectors = np.empty((len(checked), dimension), dtype=np.float32)
@@ -390,7 +400,7 @@ def _check_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

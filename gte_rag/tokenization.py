@@ -6,7 +6,7 @@ else. Texts are sorted by length and cut into batches under a token budget; `Bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     """
     if isinstance(texts, (str, bytes, bytearray)):
         raise TypeError(f"texts is a single {type(texts).__name__}; give a list of strings, for example [text]")
-    if not isinstance(texts, Iterable):
+    if not isinstance(texts, Iterable) or isinstance(texts, (Mapping, Set)):
         raise TypeError(f"texts is {type(texts).__name__}; give a list of strings")
     checked = list(texts)
     for position, text in enumerate(checked):

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 
+_LARGEST_ID = int(np.iinfo(np.int32).max)
+
 
 def _check_weights(indices: NDArray[Any], values: NDArray[Any]) -> None:
     if indices.ndim != 1 or indices.shape != values.shape:
@@ -76,8 +78,14 @@ class SparseVector:
         """Build a vector from ``{token id: weight}``; weights of exactly 0 are left out.
 
         Raises:
-            ValueError: A weight is negative or not finite, or an id is negative.
+            TypeError: An id is not a whole number.
+            ValueError: A weight is negative or not finite, or an id does not lie between 0 and 2,147,483,647.
         """
+        for index in weights:
+            if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+                raise TypeError(f"token id {index!r} is {type(index).__name__}; ids are whole numbers")
+            if not 0 <= index <= _LARGEST_ID:
+                raise ValueError(f"token id {index} is out of range; ids lie between 0 and {_LARGEST_ID}")
         kept = sorted((index, value) for index, value in weights.items() if value != 0)
         return cls(
             np.array([index for index, _ in kept], dtype=np.int32),
@@ -143,8 +151,9 @@ class SparseMatrix(Sequence[SparseVector]):
         place = np.searchsorted(vector.indices, self.indices)
         place[place == len(vector)] = 0
         products = np.where(vector.indices[place] == self.indices, self.values * vector.values[place], np.float32(0))
-        sums = np.concatenate([[0.0], np.cumsum(products, dtype=np.float64)])
-        scores: FloatArray = (sums[self.indptr[1:]] - sums[self.indptr[:-1]]).astype(np.float32)
+        scores = np.zeros(len(self), dtype=np.float32)
+        filled = np.diff(self.indptr) > 0  # reduceat gives an empty row the next one's first product
+        scores[filled] = np.add.reduceat(products, self.indptr[:-1][filled], dtype=np.float64)
         return scores
 
     def take(self, rows: NDArray[np.integer[Any]]) -> SparseMatrix:
@@ -233,7 +242,7 @@ def unpack_sparse(packed: str) -> SparseVector:
     if rest:
         raise ValueError(f"not a packed sparse vector: {len(data)} bytes, which is no multiple of 6")
     indices = np.frombuffer(data, dtype="<u4", count=count)
-    if count and indices.max() > np.iinfo(np.int32).max:
+    if count and indices.max() > _LARGEST_ID:
         raise ValueError("not a packed sparse vector: token id out of range")
     values = np.frombuffer(data, dtype="<f2", count=count, offset=4 * count)
     return SparseVector(indices.astype(np.int32), values.astype(np.float32))

@@ -107,14 +107,16 @@ class ReferenceEncoder:
         return attended
 
     def _linear(self, x: Array, name: str) -> Array:
-        y = x @ self._weights[f"{name}.weight"].T
-        bias = self._weights.get(f"{name}.bias")
-        return y if bias is None else y + bias
+        y: Array = x @ self._weights[f"{name}.weight"].T
+        if f"{name}.bias" in self._weights:
+            y = y + self._weights[f"{name}.bias"]
+        return y
 
     def _layer_norm(self, x: Array, name: str) -> Array:
         centred = x - x.mean(axis=1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + self._eps)
-        return centred / deviation * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+        y: Array = centred / deviation * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+        return y
 
 
 def _without_prefix(key: str) -> str:
@@ -126,13 +128,15 @@ def _without_prefix(key: str) -> str:
 
 def gelu(x: Array) -> Array:
     """Gaussian error linear unit, the exact form with erf; elementwise."""
-    return 0.5 * x * (1.0 + _erf(x / math.sqrt(2.0)))
+    y: Array = 0.5 * x * (1.0 + _erf(x / math.sqrt(2.0)))
+    return y
 
 
 def softmax(scores: Array) -> Array:
     """Softmax over the last axis."""
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    probabilities: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
 def rotate(x: Array, frequencies: Array) -> Array:
@@ -172,28 +176,31 @@ def inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> Array:
     """
     if config.get("rope_parameters"):
         scaling = config["rope_parameters"]
-        theta, kind = scaling["rope_theta"], scaling["rope_type"]
+        theta, kind = float(scaling["rope_theta"]), scaling["rope_type"]
     else:
         scaling = config.get("rope_scaling") or {}
-        theta, kind = config["rope_theta"], scaling.get("type", "default")
+        theta, kind = float(config["rope_theta"]), scaling.get("type", "default")
 
     if kind == "default":
         return _plain_frequencies(theta, head_dim)
-    factor = scaling["factor"]
+    factor = float(scaling["factor"])
+    frequencies: Array
     if kind == "linear":
-        return _plain_frequencies(theta, head_dim) / factor
-    if kind == "ntk" and scaling.get("mixed_b") is None:
-        return _plain_frequencies(theta * factor, head_dim) / factor ** (2 / head_dim)
-    if kind == "ntk":
-        b = scaling["mixed_b"]
+        frequencies = _plain_frequencies(theta, head_dim) / factor
+    elif kind == "ntk" and scaling.get("mixed_b") is None:
+        frequencies = _plain_frequencies(theta * factor, head_dim) / factor ** (2 / head_dim)
+    elif kind == "ntk":
+        b = float(scaling["mixed_b"])
         a = math.log(factor) / (head_dim / 2) ** b
         stretch = [math.exp(a * m**b) for m in range(1, head_dim // 2 + 1)]
-        return _plain_frequencies(theta, head_dim) / np.array(stretch)
-    raise ValueError(f"rotary scaling is {kind!r}; the reference knows 'default', 'linear' and 'ntk'")
+        frequencies = _plain_frequencies(theta, head_dim) / np.array(stretch)
+    else:
+        raise ValueError(f"rotary scaling is {kind!r}; the reference knows 'default', 'linear' and 'ntk'")
+    return frequencies
 
 
 def _plain_frequencies(theta: float, head_dim: int) -> Array:
-    return np.array([float(theta) ** (-2 * i / head_dim) for i in range(head_dim // 2)])
+    return np.array([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)])
 
 
 def dense(hidden: Array, dimension: int) -> Array:
@@ -207,7 +214,8 @@ def dense(hidden: Array, dimension: int) -> Array:
         A vector of unit length, shape (dimension,).
     """
     first = hidden[0, :dimension]
-    return first / np.sqrt((first**2).sum())
+    unit: Array = first / np.sqrt((first**2).sum())
+    return unit
 
 
 def token_weights(hidden: Array, classifier_weight: ArrayLike, classifier_bias: ArrayLike) -> Array:
@@ -223,7 +231,8 @@ def token_weights(hidden: Array, classifier_weight: ArrayLike, classifier_bias: 
     """
     weight = np.asarray(classifier_weight, dtype=np.float64)
     bias = np.asarray(classifier_bias, dtype=np.float64)
-    return np.maximum(hidden @ weight[0] + bias[0], 0.0)
+    weights: Array = np.maximum(hidden @ weight[0] + bias[0], 0.0)
+    return weights
 
 
 def sparse(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,12 @@ import pytest
 pytest.importorskip("langchain_core")
 pytest.importorskip("langchain_tests")
 
-from langchain_core.runnables import RunnableLambda  # noqa: E402
-from langchain_gte import GTEEmbeddings  # noqa: E402
-from langchain_tests.integration_tests import EmbeddingsIntegrationTests  # noqa: E402
-from langchain_tests.unit_tests import EmbeddingsUnitTests  # noqa: E402
+from langchain_core.runnables import RunnableLambda
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
 
-from gte_rag import CheckpointError, GTEEncoder  # noqa: E402
+from gte_rag import CheckpointError, GTEEncoder
+from langchain_gte import GTEEmbeddings
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -42,6 +44,19 @@ class TestStandardIntegration(EmbeddingsIntegrationTests):
 @pytest.fixture
 def embeddings(encoder: GTEEncoder) -> GTEEmbeddings:
     return GTEEmbeddings(encoder=encoder)
+
+
+def call_first(
+    encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch, first: Callable[[Sequence[str], dict[str, Any]], None]
+) -> None:
+    """Call `first` with texts and options before the encoder encodes anything."""
+    for name in ("encode_queries", "encode_documents"):
+        monkeypatch.setattr(encoder, name, partial(_call_first, first, getattr(encoder, name)))
+
+
+def _call_first(first: Any, encode: Any, texts: Sequence[str], **options: Any) -> Any:
+    first(texts, options)
+    return encode(texts, **options)
 
 
 @pytest.fixture
@@ -79,13 +94,7 @@ def test_texts_reach_the_encoder_unchanged(
     embeddings: GTEEmbeddings, encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    encode = encoder._encode
-
-    def spy(texts: list[str], *rest: Any) -> Any:
-        seen.extend(texts)
-        return encode(texts, *rest)
-
-    monkeypatch.setattr(encoder, "_encode", spy)
+    call_first(encoder, monkeypatch, lambda texts, options: seen.extend(texts))
     embeddings.embed_documents(["two\nlines "])
     embeddings.embed_query("\tq\n")
     assert seen == ["two\nlines ", "\tq\n"]
@@ -156,7 +165,7 @@ def test_what_is_not_understood_is_refused_by_name(options: dict[str, Any], mess
 
 
 def test_a_missing_model_raises_the_cores_own_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         GTEEmbeddings(model_name=str(tmp_path))
 
 
@@ -191,7 +200,7 @@ def test_options_that_contradict_a_ready_made_encoder_are_refused(
 
 
 def test_only_an_encoder_is_an_encoder() -> None:
-    with pytest.raises(TypeError, match="encoder is str; give a gte_rag.GTEEncoder"):
+    with pytest.raises(TypeError, match=r"encoder is str; give a gte_rag\.GTEEncoder"):
         GTEEmbeddings(encoder="gte-mini")  # type: ignore[arg-type]
 
 
@@ -210,13 +219,7 @@ def test_progress_follows_the_options_of_each_kind_of_text(
 ) -> None:
     embeddings = GTEEmbeddings(encoder=encoder, **options)
     shown: list[bool] = []
-    encode = encoder._encode
-
-    def spy(*arguments: Any) -> Any:
-        shown.append(arguments[-1])
-        return encode(*arguments)
-
-    monkeypatch.setattr(encoder, "_encode", spy)
+    call_first(encoder, monkeypatch, lambda texts, options: shown.append(options["show_progress"]))
     embeddings.embed_documents(["d"])
     embeddings.embed_query("q")
     assert shown == [documents, queries]
@@ -236,7 +239,7 @@ def test_a_pickle_refuses_another_model_of_the_same_name(encoder: GTEEncoder, mo
     with monkeypatch.context() as changed:
         changed.setitem(encoder.__dict__, "fingerprint", "0123456789abcdef")
         pickled = pickle.dumps(GTEEmbeddings(encoder=encoder))
-    with pytest.raises(CheckpointError, match="'gte-mini' is another model .* and was 0123456789abcdef"):
+    with pytest.raises(CheckpointError, match=r"'gte-mini' is another model .* and was 0123456789abcdef"):
         pickle.loads(pickled)
 
 
@@ -244,13 +247,11 @@ async def test_embedding_does_not_block_the_event_loop(
     embeddings: GTEEmbeddings, encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticked = threading.Event()
-    encode = encoder._encode
 
-    def wait_for_the_loop(*arguments: Any) -> Any:
+    def wait_for_the_loop(texts: Sequence[str], options: dict[str, Any]) -> None:
         assert ticked.wait(timeout=20), "the event loop stood still while a text was embedded"
-        return encode(*arguments)
 
-    monkeypatch.setattr(encoder, "_encode", wait_for_the_loop)
+    call_first(encoder, monkeypatch, wait_for_the_loop)
     loop = asyncio.get_running_loop()
     loop.call_soon(ticked.set)
     assert len(await embeddings.aembed_documents(["d"])) == 1

@@ -1,0 +1,93 @@
+"""The code is laid out as CONTRIBUTING.md says: imports point one way, optional packages stay optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module of gte_rag imports only from modules above it.
+LAYERS = (
+    "errors",
+    "vectors",
+    "config",
+    "tokenization",
+    "model",
+    "heads",
+    "checkpoint",
+    "encoder",
+    "fusion",
+    "chroma",
+    "retriever",
+    "indexing",
+    "demo",
+    "cli",
+    "__main__",
+)
+# Optional packages and the only modules of gte_rag that may import them.
+OPTIONAL = {
+    "chromadb": {"chroma", "indexing", "demo", "cli"},
+    "rich": {"cli"},
+    "semantic_text_splitter": {"indexing"},
+    "transformers": set(),
+    "langchain_core": set(),
+    "llama_index": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the full names of all modules that a file imports, at its top or inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_every_module_has_its_place_in_the_layers() -> None:
+    modules = {path.stem for path in (ROOT / "gte_rag").glob("*.py")} - {"__init__"}
+    assert modules == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_upwards_only(module: str) -> None:
+    own = {name.split(".")[1] for name in imported(ROOT / "gte_rag" / f"{module}.py") if name.startswith("gte_rag.")}
+    assert own <= set(LAYERS[: LAYERS.index(module)])
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_optional_packages_are_imported_only_where_they_belong(module: str) -> None:
+    tops = {name.split(".")[0] for name in imported(ROOT / "gte_rag" / f"{module}.py")}
+    assert {package for package in tops & OPTIONAL.keys() if module not in OPTIONAL[package]} == set()
+    assert "langchain_gte" not in tops
+
+
+def test_importing_the_package_loads_neither_torch_nor_chroma() -> None:
+    code = "import sys, gte_rag; assert gte_rag.__version__; print(sorted({'torch', 'chromadb'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for path in (*(ROOT / "gte_rag").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")):
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not tops & {"pickle", "dill", "joblib", "cloudpickle"}, path
+        assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+
+
+def test_namespace_packages_have_no_init() -> None:
+    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers"):
+        assert not (ROOT / "integrations" / folder / "__init__.py").exists()
+
+
+def test_every_import_package_is_typed() -> None:
+    packages = ("gte_rag", "integrations/langchain_gte", "integrations/llama_index/embeddings/gte")
+    for package in (*packages, "integrations/llama_index/retrievers/gte"):
+        assert (ROOT / package / "py.typed").is_file(), package
