@@ -114,7 +114,7 @@ class HybridRetriever:
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; available: {', '.join(map(repr, FUSIONS))}")
         if fusion != "calibrated" or fusion_options:
-            fusion_named(fusion, fusion_options)  # refuses unknown options
+            fusion_named(fusion, options=fusion_options)  # refuses unknown options
         self.collection = collection
         self.k = _check_count("k", k)
         self.candidates = _check_count("candidates", candidates)
@@ -308,7 +308,7 @@ class HybridRetriever:
                 f"collection {self.collection.name!r} has no calibration yet; call retriever.calibrate() once, or choose "
                 "another fusion"
             )
-        fuse = fusion_named(self.fusion, self.fusion_options, calibration=calibration)
+        fuse = fusion_named(self.fusion, options=self.fusion_options, calibration=calibration)
         return fuse(dense, sparse, dense_weight=self.dense_weight, sparse_weight=self.sparse_weight)
 
     def _stored_calibration(self) -> Calibration | None:
