@@ -29,12 +29,12 @@ from gte_rag.records import (
     Record,
     check_ids,
     check_records,
+    open_seal,
     records_of,
     seal,
     some_ids,
-    unseal,
 )
-from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse
+from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse_rows
 
 try:
     from chromadb.api import ClientAPI
@@ -69,6 +69,42 @@ class Candidate:
     record: Record
     dense_score: float
     sparse: SparseVector
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Sequence[Candidate]):
+    """The records that the search for one query considers.
+
+    Attributes:
+        records: The records, n of them.
+        dense_scores: Cosines with the query, float32, shape (n,).
+        sparse: Sparse vectors, shape (n, vocabulary size).
+    """
+
+    records: list[Record]
+    dense_scores: FloatArray
+    sparse: SparseMatrix
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Candidate:  # type: ignore[override]  # single candidates, no slices
+        """Return one of them."""
+        return Candidate(self.records[index], float(self.dense_scores[index]), self.sparse[index])
+
+    def __add__(self, other: Candidates) -> Candidates:
+        """Return these and then the others."""
+        return Candidates(
+            self.records + other.records,
+            np.concatenate([self.dense_scores, other.dense_scores]),
+            SparseMatrix.stack([self.sparse, other.sparse], self.sparse.shape[1]),
+        )
+
+    def take(self, rows: Sequence[int]) -> Candidates:
+        """Return some of them, in the given order."""
+        chosen = np.array(rows, dtype=np.int64)
+        return Candidates([self.records[row] for row in rows], self.dense_scores[chosen], self.sparse.take(chosen))
 
 
 class HybridCollection:
@@ -279,7 +315,7 @@ class HybridCollection:
                 stale = [
                     index
                     for index, (text, value) in enumerate(zip(texts, seals, strict=True))
-                    if unseal(value, text, fingerprint) is None
+                    if open_seal(value, text, fingerprint) is None
                 ]
                 if stale:
                     vectors = self._sparse_of([texts[index] for index in stale])
@@ -304,7 +340,7 @@ class HybridCollection:
         *,
         where: Mapping[str, Any] | None = None,
         where_document: Mapping[str, Any] | None = None,
-    ) -> list[list[Candidate]]:
+    ) -> list[Candidates]:
         """Return for each query vector the `n` records whose dense vectors are nearest.
 
         Args:
@@ -325,7 +361,10 @@ class HybridCollection:
         )
         cosine_of = _COSINE_OF[self._space]
         return [
-            self._candidates({"ids": ids, "documents": documents, "metadatas": metadatas}, list(map(cosine_of, distances)))
+            self._candidates(
+                {"ids": ids, "documents": documents, "metadatas": metadatas},
+                cosine_of(np.array(distances, dtype=np.float32)),
+            )
             for ids, documents, metadatas, distances in zip(
                 found["ids"],
                 cast(Any, found["documents"]),
@@ -335,17 +374,18 @@ class HybridCollection:
             )
         ]
 
-    def candidates(self, ids: Sequence[str], vector: FloatArray) -> list[Candidate]:
+    def candidates(self, ids: Sequence[str], vector: FloatArray) -> Candidates:
         """Return the records of these ids that exist, scored against one query vector, in the order of `ids`."""
-        scored: dict[str, Candidate] = {}
+        found_all = Candidates([], np.empty(0, dtype=np.float32), SparseMatrix.stack([], self.encoder.vocab_size))
         for part in self._parts(list(ids)):
             found = self.collection.get(part, include=["documents", "metadatas", "embeddings"])
             if not found["ids"]:
                 continue
             stored = np.asarray(found["embeddings"], dtype=np.float32)
             cosines = stored @ vector / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
-            scored |= {item.record.id: item for item in self._candidates(cast(Any, found), cosines.tolist())}
-        return [scored[record_id] for record_id in ids if record_id in scored]
+            found_all += self._candidates(cast(Any, found), cosines)
+        row_of = {record.id: row for row, record in enumerate(found_all.records)}
+        return found_all.take([row_of[record_id] for record_id in ids if record_id in row_of])
 
     def lexical_index(self) -> SparseIndex:
         """Return the exact index over all sparse vectors, brought up to date; see `gte_rag.lexical_view`."""
@@ -506,7 +546,7 @@ class HybridCollection:
             if found["ids"]:
                 yield cast(dict[str, Any], found)
 
-    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], list[SparseVector]]]:
+    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], SparseMatrix]]:
         include: Any = ["documents", "metadatas"]
         pages = (
             self._pages(include)
@@ -516,22 +556,25 @@ class HybridCollection:
         for found in pages:
             yield found["ids"], self._fresh_sparse(_texts(found), _seals(found))
 
-    def _candidates(self, found: Mapping[str, Any], cosines: Sequence[float]) -> list[Candidate]:
+    def _candidates(self, found: Mapping[str, Any], cosines: FloatArray) -> Candidates:
         sparse = self._fresh_sparse(_texts(found), _seals(found))
-        cosines = [min(1.0, max(-1.0, cosine)) for cosine in cosines]  # rounding takes Chroma's distance a little below 0
-        return list(map(Candidate, records_of(found), cosines, sparse))
+        # Rounding takes Chroma's distance a little below 0.
+        return Candidates(records_of(found), np.clip(cosines, -1, 1).astype(np.float32), sparse)
 
-    def _fresh_sparse(self, texts: Sequence[str], seals: Sequence[object]) -> list[SparseVector]:
+    def _fresh_sparse(self, texts: Sequence[str], seals: Sequence[object]) -> SparseMatrix:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
         fingerprint = self.encoder.fingerprint
-        vectors = [unseal(value, text, fingerprint) for text, value in zip(texts, seals, strict=True)]
-        stale = [index for index, vector in enumerate(vectors) if vector is None]
-        if stale:
-            for index, vector in zip(stale, self._sparse_of([texts[index] for index in stale]), strict=True):
-                vectors[index] = vector
-        return cast("list[SparseVector]", vectors)
+        packed = [open_seal(value, text, fingerprint) for text, value in zip(texts, seals, strict=True)]
+        stored = unpack_sparse_rows([value or "" for value in packed], self.encoder.vocab_size)
+        stale = [row for row, value in enumerate(packed) if value is None]
+        if not stale:
+            return stored
+        rows = np.arange(len(texts))
+        rows[stale] = len(texts) + np.arange(len(stale))
+        computed = self._sparse_of([texts[row] for row in stale])
+        return SparseMatrix.stack([stored, computed], self.encoder.vocab_size).take(rows)
 
-    def _sparse_of(self, texts: Sequence[str]) -> Sequence[SparseVector]:
+    def _sparse_of(self, texts: Sequence[str]) -> SparseMatrix:
         computed = self.encoder.encode_documents(texts, dense=False).sparse
         assert computed is not None
         return computed
@@ -547,4 +590,4 @@ def _seals(found: Mapping[str, Any]) -> list[object]:
 
 def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
     """Round the weights as packing does, so that an index fed directly equals one read back."""
-    return SparseMatrix.from_vectors([unpack_sparse(pack_sparse(vector)) for vector in vectors], vectors.shape[1])
+    return unpack_sparse_rows([pack_sparse(vector) for vector in vectors], vectors.shape[1])
