@@ -27,10 +27,11 @@ from typing import Any, cast
 
 import chromadb
 import numpy as np
-from synthetic import SyntheticEncoder
+from chromadb.config import Settings
 
 from gte_rag import HybridCollection
 from gte_rag.records import RESERVED_KEY, open_seal
+from synthetic import SyntheticEncoder
 
 DOCUMENTS = 5000
 GROUP = 50
@@ -43,7 +44,7 @@ def text_of(number: int, edition: int) -> str:
 
 def open_collection(folder: str) -> HybridCollection:
     """Open the collection with synthetic vectors."""
-    client = chromadb.PersistentClient(folder, settings=chromadb.Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
     return HybridCollection(client, "durability", encoder=cast(Any, SyntheticEncoder()))
 
 

@@ -25,11 +25,12 @@ from typing import Any, cast
 
 import chromadb
 import numpy as np
-from synthetic import VOCAB_SIZE, SyntheticEncoder
+from chromadb.config import Settings
 
 from gte_rag import HybridCollection, HybridRetriever
 from gte_rag.retriever import MODES
 from gte_rag.vectors import Encoding
+from synthetic import VOCAB_SIZE, SyntheticEncoder
 
 BATCH = 1000
 CANDIDATES = 100
@@ -45,7 +46,9 @@ class Precomputed(SyntheticEncoder):
         self.queries = super().encode_queries(queries)
         self._rows = {text: row for row, text in enumerate(texts)} | {text: row for row, text in enumerate(queries)}
 
-    def encode_documents(self, texts: Sequence[str], *, dense: bool = True, sparse: bool = True, **_: object) -> Encoding:
+    def encode_documents(
+        self, texts: Sequence[str], *, dense: bool = True, sparse: bool = True, **_: object
+    ) -> Encoding:
         """Return the vectors made before."""
         return self._pick(self.documents, texts)
 
@@ -94,7 +97,7 @@ def in_turns(calls: dict[str, Callable[[int], object]], queries: int) -> dict[st
 
 def client_at(folder: Path) -> Any:  # noqa: ANN401
     """Open a Chroma database."""
-    return chromadb.PersistentClient(str(folder), settings=chromadb.Settings(anonymized_telemetry=False))
+    return chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
 
 
 def measure(size: int, queries: int, base: Path) -> dict[str, Any]:

@@ -52,8 +52,8 @@ _PROGRESS_DELAY_S = 2.0
 # cosines must be: other precisions and dtypes stay above 0.99, other models far below.
 _ADOPTION_SAMPLE = 8
 _ADOPTION_COSINE = 0.98
-# Chroma's distance -> cosine, for unit vectors.
-_COSINE_OF = {"cosine": lambda d: 1.0 - d, "l2": lambda d: 1.0 - d / 2, "ip": lambda d: 1.0 - d}
+# The cosine of unit vectors is 1 - scale * distance.
+_DISTANCE_SCALE = {"cosine": 1.0, "l2": 0.5, "ip": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,9 @@ class HybridCollection:
         if not name:  # a server answers this one with an empty error
             raise ValueError("name is empty; Chroma takes names of at least three characters")
         if not encoder.has_sparse:
-            raise ValueError(f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head")
+            raise ValueError(
+                f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head"
+            )
         self.name = name
         self.encoder = encoder
         self._marks: dict[str, str | int] = {
@@ -161,7 +163,9 @@ class HybridCollection:
         self._max_batch: int = client.get_max_batch_size()
         self._space = self._check_marks(adopt)
         settings = client.get_settings()
-        folder = Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+        folder = (
+            Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+        )
         identity = str(self.collection.id)
         self._log = None if folder is None else LocalLog.open(folder, identity)
         self._view = LexicalView.of(
@@ -359,11 +363,11 @@ class HybridCollection:
             where_document=cast(Any, where_document),
             include=["metadatas", "documents", "distances"],
         )
-        cosine_of = _COSINE_OF[self._space]
+        scale = _DISTANCE_SCALE[self._space]
         return [
             self._candidates(
                 {"ids": ids, "documents": documents, "metadatas": metadatas},
-                cosine_of(np.array(distances, dtype=np.float32)),
+                1 - scale * np.array(distances, dtype=np.float32),
             )
             for ids, documents, metadatas, distances in zip(
                 found["ids"],
@@ -446,7 +450,7 @@ class HybridCollection:
                     f"collection {self.name!r} holds vectors of dimension {stored[_DIMENSION_KEY]}; this encoder gives "
                     f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored[_DIMENSION_KEY]}, or use another collection"
                 )
-        if space != "cosine" and not (adopt and space in _COSINE_OF):
+        if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(
                 f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
                 'collection, or create this one with configuration={"hnsw": {"space": "cosine"}}'
@@ -474,7 +478,9 @@ class HybridCollection:
                 f"{self.encoder.dimension}. Load the encoder with dimension={stored.shape[1]} if it can give that"
             )
         if not any(texts):
-            raise CollectionMismatchError(f"collection {self.name!r} stores no texts, so sparse vectors cannot be computed")
+            raise CollectionMismatchError(
+                f"collection {self.name!r} stores no texts, so sparse vectors cannot be computed"
+            )
         norms = np.linalg.norm(stored, axis=1)
         if space != "cosine" and not np.allclose(norms, 1, atol=1e-3):
             raise CollectionMismatchError(

@@ -59,7 +59,11 @@ class LocalLog:
 
     def position(self) -> int:
         """Return the sequence number of the last write to the collection; 0 before the first."""
-        row = self._connection().execute("SELECT seq_id FROM max_seq_id WHERE segment_id = ?", (self._segment,)).fetchone()
+        row = (
+            self._connection()
+            .execute("SELECT seq_id FROM max_seq_id WHERE segment_id = ?", (self._segment,))
+            .fetchone()
+        )
         return int(row[0]) if row else 0
 
     def changed(self, position: int) -> tuple[int, int, list[str]]:

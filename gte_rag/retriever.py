@@ -14,7 +14,7 @@ from gte_rag.chroma import Candidates, HybridCollection
 from gte_rag.fusion import FUSIONS, Calibration, fusion_named, measure
 from gte_rag.records import MetadataValue
 from gte_rag.tokenization import check_texts
-from gte_rag.tuning import Tuning, tune
+from gte_rag.tuning import ScoredQuery, Trial, Tuning, tune
 from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector
 
 _CARD_SPARSE_WEIGHT = 0.3
@@ -215,11 +215,15 @@ class HybridRetriever:
             _scores(query, candidates.take([i for i, other in enumerate(candidates.records) if other.id != record.id]))
             for record, query, candidates in zip(records, sparse, found, strict=True)
         ]
-        calibration = measure([dense_scores for dense_scores, _ in scores], [sparse_scores for _, sparse_scores in scores])
+        calibration = measure(
+            [dense_scores for dense_scores, _ in scores], [sparse_scores for _, sparse_scores in scores]
+        )
         self.collection.calibration = self._calibration = calibration
         return calibration
 
-    def tune(self, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], *, apply: bool = True) -> Tuning:
+    def tune(
+        self, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, float]], *, apply: bool = True
+    ) -> Tuning:
         """Choose fusion and weights by nDCG@10 on labelled queries, and say what that gains on held-out ones.
 
         Args:
@@ -231,23 +235,24 @@ class HybridRetriever:
             The choice, with nDCG before and after on the held-out queries.
 
         Raises:
-            ValueError: There are too few labelled queries to hold some out.
+            ValueError: There are too few labelled queries to hold some out, or the mode ranks by one score only.
         """
+        if self.mode in ("dense", "sparse"):
+            raise ValueError(
+                f"mode {self.mode!r} ranks by one score only; tune a retriever of mode 'rescore' or 'union'"
+            )
         names = sorted(queries)
         dense, sparse = self._encode([queries[name] for name in names])
         found = self._candidates(dense, sparse, self.candidates, None, None)
-        runs = {
-            name: ([record.id for record in candidates.records], *_scores(query, candidates))
+        scored = [
+            ScoredQuery(name, [record.id for record in candidates.records], *_scores(query, candidates))
             for name, query, candidates in zip(names, sparse, found, strict=True)
-        }
-        tuning = tune(
-            runs,
-            qrels,
-            calibration=self._stored_calibration(),
-            baseline=(self.fusion, self.dense_weight, self.sparse_weight),
-        )
+        ]
+        baseline = Trial(self.fusion, self.dense_weight, self.sparse_weight, self.fusion_options)
+        tuning = tune(scored, qrels, calibration=self._stored_calibration(), baseline=baseline)
         if apply:
-            self.fusion, self.dense_weight, self.sparse_weight = tuning.fusion, tuning.dense_weight, tuning.sparse_weight
+            self.fusion, self.fusion_options = tuning.fusion, dict(tuning.options)
+            self.dense_weight, self.sparse_weight = tuning.dense_weight, tuning.sparse_weight
         return tuning
 
     def _encode(self, queries: Sequence[str]) -> tuple[FloatArray, SparseMatrix]:

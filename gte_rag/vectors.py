@@ -268,7 +268,9 @@ def unpack_sparse_rows(packed: Sequence[str], vocab_size: int) -> SparseMatrix:
     ids = sums[1:] - np.repeat(sums[ends - lengths], lengths)  # the sum starts anew in each row
     kept = values != 0
     if ids.size and ids.max() >= vocab_size:
-        raise ValueError(f"not a packed sparse vector: token id {int(ids.max())} is outside a vocabulary of {vocab_size}")
+        raise ValueError(
+            f"not a packed sparse vector: token id {int(ids.max())} is outside a vocabulary of {vocab_size}"
+        )
     counts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(kept, dtype=np.int64)])
     return SparseMatrix(
         np.concatenate([np.zeros(1, dtype=np.int64), counts[ends]]),
