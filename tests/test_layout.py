@@ -21,8 +21,14 @@ LAYERS = (
     "heads",
     "checkpoint",
     "encoder",
+    "shared",
     "fusion",
+    "tuning",
+    "lexical",
+    "lexical_view",
+    "records",
     "chroma",
+    "embedding_functions",
     "retriever",
     "indexing",
     "demo",
@@ -31,7 +37,7 @@ LAYERS = (
 )
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
-    "chromadb": {"chroma", "indexing", "demo", "cli"},
+    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
