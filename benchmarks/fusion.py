@@ -60,7 +60,9 @@ def evaluate(folder: Path, encoder: GTEEncoder, max_queries: int) -> dict[str, A
     sparse = [documents.sparse.dot(vector) for vector in asked.sparse]
     pools = {"rescore": [np.argsort(-scores, kind="stable")[:DEPTH] for scores in dense]}
     pools["union"] = [
-        np.unique(np.concatenate([pool, [row for row in np.argsort(-scores, kind="stable")[:DEPTH] if scores[row] > 0]]))
+        np.unique(
+            np.concatenate([pool, [row for row in np.argsort(-scores, kind="stable")[:DEPTH] if scores[row] > 0]])
+        )
         for pool, scores in zip(pools["rescore"], sparse, strict=True)
     ]
     calibration = measure(
@@ -84,7 +86,13 @@ def evaluate(folder: Path, encoder: GTEEncoder, max_queries: int) -> dict[str, A
             weights = (0.3,) if name == "weighted" else (1.0,)
             for weight in weights:
                 rankings = [
-                    ids[rows[np.argsort(-fuse(d[rows], s[rows], dense_weight=1.0, sparse_weight=weight), kind="stable")[:10]]]
+                    ids[
+                        rows[
+                            np.argsort(-fuse(d[rows], s[rows], dense_weight=1.0, sparse_weight=weight), kind="stable")[
+                                :10
+                            ]
+                        ]
+                    ]
                     for rows, d, s in zip(pool, dense, sparse, strict=True)
                 ]
                 result[f"{mode} {name}"] = mean([ranking.tolist() for ranking in rankings])

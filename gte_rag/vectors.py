@@ -81,22 +81,13 @@ class SparseVector:
 
         Raises:
             TypeError: An id is not a whole number.
-<<<<<<< ours
             ValueError: A weight is negative or not finite, or an id does not lie between 0 and 2,147,483,647.
-=======
-            ValueError: A weight is negative or not finite, or an id is negative or over 2,147,483,647.
->>>>>>> theirs
         """
         for index in weights:
             if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
                 raise TypeError(f"token id {index!r} is {type(index).__name__}; ids are whole numbers")
-<<<<<<< ours
             if not 0 <= index <= _LARGEST_ID:
                 raise ValueError(f"token id {index} is out of range; ids lie between 0 and {_LARGEST_ID}")
-=======
-            if index > np.iinfo(np.int32).max:
-                raise ValueError(f"token id {index} is over {np.iinfo(np.int32).max}, the largest that fits")
->>>>>>> theirs
         kept = sorted((index, value) for index, value in weights.items() if value != 0)
         return cls(
             np.array([index for index, _ in kept], dtype=np.int32),
@@ -251,7 +242,7 @@ def unpack_sparse(packed: str) -> SparseVector:
     Raises:
         ValueError: The string was not written by `pack_sparse`, or was damaged.
     """
-    return unpack_sparse_rows([packed], np.iinfo(np.int32).max)[0]
+    return unpack_sparse_rows([packed], _LARGEST_ID + 1)[0]
 
 
 def unpack_sparse_rows(packed: Sequence[str], vocab_size: int) -> SparseMatrix:

@@ -42,7 +42,9 @@ def chroma_client() -> Iterator[ClientAPI]:
     admin.create_database(database)
     client = chromadb.EphemeralClient(settings=settings, database=database)
     yield client
-    for collection in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
+    for (
+        collection
+    ) in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
         ids = collection.get(include=[])["ids"]
         if ids:
             collection.delete(ids)

@@ -37,14 +37,22 @@ def stub() -> StubEncoder:
     return StubEncoder()
 
 
-def fill_like_a_stranger(client: ClientAPI, name: str, stub: StubEncoder, space: str = "cosine", scale: float = 1.0) -> Any:
+def fill_like_a_stranger(
+    client: ClientAPI, name: str, stub: StubEncoder, space: str = "cosine", scale: float = 1.0
+) -> Any:
     """Make a collection as another program does: dense vectors and metadata, no trace of gte-rag."""
     collection = client.create_collection(
-        name, embedding_function=None, metadata={"owner": "stranger"}, configuration=cast(Any, {"hnsw": {"space": space}})
+        name,
+        embedding_function=None,
+        metadata={"owner": "stranger"},
+        configuration=cast(Any, {"hnsw": {"space": space}}),
     )
     vectors = scale * np.stack([stub.dense(text) for text in TEXTS.values()])
     collection.add(
-        ids=list(TEXTS), documents=list(TEXTS.values()), embeddings=vectors, metadatas=[{"n": n} for n in range(len(TEXTS))]
+        ids=list(TEXTS),
+        documents=list(TEXTS.values()),
+        embeddings=vectors,
+        metadatas=[{"n": n} for n in range(len(TEXTS))],
     )
     return collection
 
