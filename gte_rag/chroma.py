@@ -8,7 +8,7 @@ The key never shows in what is returned.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,15 @@ class HybridCollection:
         collection: The Chroma collection itself.
     """
 
-    def __init__(self, client: ClientAPI, name: str, *, encoder: GTEEncoder, adopt: bool = False) -> None:
+    def __init__(
+        self,
+        client: ClientAPI,
+        name: str,
+        *,
+        encoder: GTEEncoder,
+        adopt: bool = False,
+        encoded_text: Callable[[str, Metadata], str] | None = None,
+    ) -> None:
         """Open or create a collection.
 
         Args:
@@ -93,6 +101,8 @@ class HybridCollection:
             adopt: Open a collection that another program filled with dense vectors of this very model, such as
                 `langchain_chroma` or LlamaIndex. A sample of its texts is encoded and compared first. Nothing is written;
                 sparse vectors are computed when they are needed, or once and for all by `backfill`.
+            encoded_text: Gives what is encoded of a record from its text and its metadata, for programs that encode more
+                than the text, such as LlamaIndex; None encodes the text.
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
@@ -102,6 +112,7 @@ class HybridCollection:
             raise ValueError(f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head")
         self.name = name
         self.encoder = encoder
+        self._encoded_text = encoded_text
         self._marks: dict[str, str | int] = {
             _FINGERPRINT_KEY: encoder.fingerprint,
             _MODEL_KEY: encoder.name,
@@ -260,15 +271,15 @@ class HybridCollection:
         written = 0
         with tqdm(total=self.count(), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
             for found in self._pages(["documents", "metadatas"]):
-                texts, seals = _texts(found), _seals(found)
+                texts, metadatas = _texts(found), _metadatas(found)
                 fingerprint = self.encoder.fingerprint
                 stale = [
                     index
-                    for index, (text, value) in enumerate(zip(texts, seals, strict=True))
-                    if unseal(value, text, fingerprint) is None
+                    for index, (text, metadata) in enumerate(zip(texts, metadatas, strict=True))
+                    if unseal(metadata.get(RESERVED_KEY), text, fingerprint) is None
                 ]
                 if stale:
-                    vectors = self._sparse_of([texts[index] for index in stale])
+                    vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
                     values = [
                         {RESERVED_KEY: seal(vector, texts[index], fingerprint)}
                         for index, vector in zip(stale, vectors, strict=True)
@@ -411,7 +422,7 @@ class HybridCollection:
 
     def _check_sample(self, space: str) -> None:
         """Encode some of a foreign collection's texts and refuse it if its vectors are not this model's."""
-        found = self.collection.get(limit=_ADOPTION_SAMPLE, include=["documents", "embeddings"])
+        found = self.collection.get(limit=_ADOPTION_SAMPLE, include=["documents", "metadatas", "embeddings"])
         stored = np.asarray(found["embeddings"], dtype=np.float32)
         texts = _texts(cast(Any, found))
         if stored.shape[1] != self.encoder.dimension:
@@ -427,7 +438,7 @@ class HybridCollection:
                 f"collection {self.name!r} uses the distance {space!r} with vectors that are not of unit length, which is no "
                 "cosine; index its texts into a new collection"
             )
-        dense = self.encoder.encode_documents(texts, sparse=False).dense
+        dense = self.encoder.encode_documents(self._as_encoded(texts, _metadatas(cast(Any, found))), sparse=False).dense
         assert dense is not None
         cosine = float(np.median(np.einsum("nd,nd->n", stored, dense) / np.maximum(norms, 1e-12)))
         if cosine < _ADOPTION_COSINE:
@@ -447,7 +458,7 @@ class HybridCollection:
         with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
             for start in range(0, len(ids), size):
                 part = slice(start, start + size)
-                encoding = self.encoder.encode_documents(texts[part])
+                encoding = self.encoder.encode_documents(self._as_encoded(texts[part], metadatas[part]))
                 assert encoding.dense is not None
                 assert encoding.sparse is not None
                 stored: list[dict[str, Any]] = [
@@ -500,34 +511,40 @@ class HybridCollection:
             else (cast(dict[str, Any], self.collection.get(part, include=include)) for part in self._parts(list(ids)))
         )
         for found in pages:
-            yield found["ids"], self._fresh_sparse(_texts(found), _seals(found))
+            yield found["ids"], self._fresh_sparse(found)
 
     def _candidates(self, found: Mapping[str, Any], cosines: Sequence[float]) -> list[Candidate]:
-        sparse = self._fresh_sparse(_texts(found), _seals(found))
-        return list(map(Candidate, records_of(found), cosines, sparse))
+        return list(map(Candidate, records_of(found), cosines, self._fresh_sparse(found)))
 
-    def _fresh_sparse(self, texts: Sequence[str], seals: Sequence[object]) -> list[SparseVector]:
+    def _fresh_sparse(self, found: Mapping[str, Any]) -> list[SparseVector]:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
-        fingerprint = self.encoder.fingerprint
-        vectors = [unseal(value, text, fingerprint) for text, value in zip(texts, seals, strict=True)]
+        texts, metadatas, fingerprint = _texts(found), _metadatas(found), self.encoder.fingerprint
+        vectors = [
+            unseal(metadata.get(RESERVED_KEY), text, fingerprint)
+            for text, metadata in zip(texts, metadatas, strict=True)
+        ]
         stale = [index for index, vector in enumerate(vectors) if vector is None]
         if stale:
-            for index, vector in zip(stale, self._sparse_of([texts[index] for index in stale]), strict=True):
+            computed = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
+            for index, vector in zip(stale, computed, strict=True):
                 vectors[index] = vector
         return cast("list[SparseVector]", vectors)
 
-    def _sparse_of(self, texts: Sequence[str]) -> Sequence[SparseVector]:
-        computed = self.encoder.encode_documents(texts, dense=False).sparse
+    def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[SparseVector]:
+        computed = self.encoder.encode_documents(self._as_encoded(texts, metadatas), dense=False).sparse
         assert computed is not None
         return computed
+
+    def _as_encoded(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[str]:
+        return texts if self._encoded_text is None else list(map(self._encoded_text, texts, metadatas))
 
 
 def _texts(found: Mapping[str, Any]) -> list[str]:
     return [text or "" for text in found["documents"]]
 
 
-def _seals(found: Mapping[str, Any]) -> list[object]:
-    return [(metadata or {}).get(RESERVED_KEY) for metadata in found["metadatas"]]
+def _metadatas(found: Mapping[str, Any]) -> list[Metadata]:
+    return [metadata or {} for metadata in found["metadatas"]]
 
 
 def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
