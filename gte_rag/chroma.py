@@ -39,7 +39,7 @@ from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse,
 try:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
-    from chromadb.errors import NotFoundError
+    from chromadb.errors import InvalidArgumentError, NotFoundError
 except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
@@ -106,8 +106,13 @@ class HybridCollection:
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
+            TypeError: `name` is not a string.
             ValueError: The encoder gives no sparse vectors, or Chroma refuses the name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name is {type(name).__name__}; give a string")
+        if not name:  # a server answers this one with an empty error
+            raise ValueError("name is empty; Chroma takes names of at least three characters")
         if not encoder.has_sparse:
             raise ValueError(f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head")
         self.name = name
@@ -122,9 +127,12 @@ class HybridCollection:
         try:
             self.collection: Collection = client.get_collection(name, embedding_function=None)
         except NotFoundError:
-            self.collection = client.get_or_create_collection(
-                name, embedding_function=None, metadata=self._marks, configuration={"hnsw": {"space": "cosine"}}
-            )
+            try:
+                self.collection = client.get_or_create_collection(
+                    name, embedding_function=None, metadata=self._marks, configuration={"hnsw": {"space": "cosine"}}
+                )
+            except InvalidArgumentError as error:
+                raise ValueError(f"name is {name!r}; Chroma refuses it: {error}") from error
         self._max_batch: int = client.get_max_batch_size()
         self._space = self._check_marks(adopt)
         settings = client.get_settings()
@@ -208,8 +216,14 @@ class HybridCollection:
             offset: Skip so many first.
 
         Raises:
-            ValueError: An id is asked for twice, or Chroma refuses the filter.
+            TypeError: `ids` is not a list of strings, or `limit` or `offset` is not a whole number.
+            ValueError: An id is asked for twice, `limit` or `offset` is negative, or Chroma refuses the filter.
         """
+        for option, number in (("limit", limit), ("offset", offset)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"{option} is {number!r}; give a whole number or None")
+            if number is not None and number < 0:
+                raise ValueError(f"{option} is {number}; it must be 0 or more, or None")
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
             return records_of(self.collection.get(limit=limit, offset=offset, **filters))
@@ -236,7 +250,7 @@ class HybridCollection:
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
             if where is None and where_document is None:
-                raise ValueError("delete needs ids or a filter; client.delete_collection(name) deletes everything")
+                raise ValueError("delete needs ids or a filter; delete(collection.matching_ids()) deletes everything")
             with self._view.writing:
                 self.collection.delete(**filters)
                 self._stamp()
@@ -514,6 +528,7 @@ class HybridCollection:
             yield found["ids"], self._fresh_sparse(found)
 
     def _candidates(self, found: Mapping[str, Any], cosines: Sequence[float]) -> list[Candidate]:
+        cosines = [min(1.0, max(-1.0, cosine)) for cosine in cosines]  # rounding takes Chroma's distance a little below 0
         return list(map(Candidate, records_of(found), cosines, self._fresh_sparse(found)))
 
     def _fresh_sparse(self, found: Mapping[str, Any]) -> list[SparseVector]:

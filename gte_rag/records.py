@@ -1,7 +1,7 @@
 """What a collection stores: checked records, and the sealed sparse vector in their metadata.
 
-A seal is one string: format tag, the model's fingerprint, a digest of the text, packed weights. It opens only for the same
-model and the same text, so a value left behind by another program or model is never trusted.
+A seal is one string: format tag, the model's fingerprint, a digest of the text and the weights, packed weights. It opens only
+for the same model and the same text, so a value that another program left behind, or damaged, is never trusted.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ class Record:
 
 def seal(vector: SparseVector, text: str, fingerprint: str) -> str:
     """Return the stored form of a text's sparse vector."""
-    return ":".join((_FORMAT, fingerprint, _digest(text), pack_sparse(vector)))
+    packed = pack_sparse(vector)
+    return ":".join((_FORMAT, fingerprint, _digest(text, packed), packed))
 
 
 def unseal(value: object, text: str, fingerprint: str) -> SparseVector | None:
     """Return the sparse vector of a seal, or None if it belongs to another text or model, or is missing or damaged."""
-    if not isinstance(value, str) or not value.startswith(f"{_FORMAT}:{fingerprint}:{_digest(text)}:"):
+    prefix = f"{_FORMAT}:{fingerprint}:"
+    if not isinstance(value, str) or not value.startswith(prefix):
         return None
-    try:
-        return unpack_sparse(value.rpartition(":")[2])
-    except ValueError:  # somebody else wrote into it: as good as missing
-        return None
+    digest, _, packed = value[len(prefix) :].partition(":")
+    # The digest covers the weights too: cut short, they may still unpack, to wrong ones.
+    return unpack_sparse(packed) if digest == _digest(text, packed) else None
 
 
 def records_of(found: Mapping[str, Any]) -> list[Record]:
@@ -60,8 +61,17 @@ def records_of(found: Mapping[str, Any]) -> list[Record]:
     ]
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+def _digest(text: str, packed: str) -> str:
+    return hashlib.blake2b(f"{text}\0{packed}".encode(), digest_size=8).hexdigest()
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has a lone surrogate {text[error.start]!r} at character {error.start}, which is no valid Unicode"
+        ) from None
 
 
 def check_ids(ids: Sequence[str]) -> list[str]:
@@ -74,6 +84,7 @@ def check_ids(ids: Sequence[str]) -> list[str]:
             raise TypeError(f"ids[{position}] is {type(record_id).__name__}; every id must be a string")
         if not record_id:
             raise ValueError(f"ids[{position}] is empty; an id has at least one character")
+        _check_unicode(record_id, f"ids[{position}]")
     if len(set(checked)) != len(checked):
         seen: set[str] = set()
         repeated = [record_id for record_id in checked if record_id in seen or seen.add(record_id)]  # type: ignore[func-returns-value]
@@ -86,7 +97,6 @@ def check_records(
 ) -> tuple[list[str], list[str], list[dict[str, MetadataValue]]]:
     """Check everything that Chroma would refuse, change or lose, before anything is encoded or written."""
     ids, texts = check_ids(ids), check_texts(texts)
-    check_texts(ids)
     if metadatas is not None and (isinstance(metadatas, (str, bytes)) or not isinstance(metadatas, Sequence)):
         raise TypeError(f"metadatas is {type(metadatas).__name__}; give a list with one mapping or None for each text")
     if len(ids) != len(texts) or (metadatas is not None and len(metadatas) != len(texts)):
@@ -113,6 +123,7 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
             )
         if value is None:
             continue
+        _check_unicode(key, f"a key of {where}")
         values = value if isinstance(value, list) else [value]
         kinds = {type(item) for item in values}
         if len(kinds) != 1 or not kinds <= {str, int, float, bool}:
@@ -124,7 +135,8 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
                 raise ValueError(f"{where}[{key!r}] is {item}; Chroma would silently drop a number that is not finite")
             if isinstance(item, int) and not -(2**63) <= item < 2**63:
                 raise ValueError(f"{where}[{key!r}] is {item}; Chroma stores whole numbers of 64 bits")
-        check_texts([item for item in (key, *values) if isinstance(item, str)])
+            if isinstance(item, str):
+                _check_unicode(item, f"{where}[{key!r}]")
         yield key, value
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from gte_rag.chroma import Candidate, HybridCollection
-from gte_rag.fusion import FUSIONS, Calibration, calibrated, measure
+from gte_rag.fusion import FUSIONS, Calibration, fusion_named, measure
 from gte_rag.records import MetadataValue
 from gte_rag.tokenization import check_texts
 from gte_rag.tuning import Tuning, tune
 from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector
 
+_CARD_SPARSE_WEIGHT = 0.3
 MODES = ("rescore", "union", "dense", "sparse")
 
 
@@ -80,8 +81,9 @@ class HybridRetriever:
         candidates: Number of records taken from dense and, in mode ``"union"``, from sparse search.
         mode: ``"rescore"``, ``"union"``, ``"dense"`` or ``"sparse"``.
         fusion: How the two scores become one; see `gte_rag.fusion`. ``"calibrated"`` needs `calibrate` once.
-        dense_weight: Weight of the cosine.
-        sparse_weight: Weight of the sparse score.
+        fusion_options: Further options of the fusion: ``{"k": 60}`` for ``"reciprocal_rank"``.
+        dense_weight: Weight of the dense side.
+        sparse_weight: Weight of the sparse side.
     """
 
     def __init__(
@@ -92,10 +94,14 @@ class HybridRetriever:
         candidates: int = 100,
         mode: str = "rescore",
         fusion: str = "weighted",
+        fusion_options: Mapping[str, float] | None = None,
         dense_weight: float = 1.0,
-        sparse_weight: float = 0.3,
+        sparse_weight: float | None = None,
     ) -> None:
-        """Set how to search.
+        """Set how to search; see the attributes.
+
+        A `sparse_weight` of None is 0.3 for ``"weighted"``, as in the model card's example, and 1.0 for the fusions that
+        bring both scores to one scale.
 
         Raises:
             TypeError: `collection` is no `HybridCollection`, or a number is not a number.
@@ -105,14 +111,19 @@ class HybridRetriever:
             raise TypeError(f"collection is {type(collection).__name__}; give a HybridCollection")
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; available: {', '.join(map(repr, MODES))}")
-        if fusion not in (*FUSIONS, "calibrated"):
-            raise ValueError(f"fusion is {fusion!r}; available: {', '.join(map(repr, (*FUSIONS, 'calibrated')))}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion is {fusion!r}; available: {', '.join(map(repr, FUSIONS))}")
+        if fusion != "calibrated" or fusion_options:
+            fusion_named(fusion, options=fusion_options)  # refuses unknown options
         self.collection = collection
         self.k = _check_count("k", k)
         self.candidates = _check_count("candidates", candidates)
         self.mode = mode
         self.fusion = fusion
+        self.fusion_options = dict(fusion_options or {})
         self.dense_weight = _check_weight("dense_weight", dense_weight)
+        if sparse_weight is None:
+            sparse_weight = _CARD_SPARSE_WEIGHT if fusion == "weighted" else 1.0
         self.sparse_weight = _check_weight("sparse_weight", sparse_weight)
         self._calibration: Calibration | None = None
 
@@ -291,16 +302,14 @@ class HybridRetriever:
             return dense
         if self.mode == "sparse":
             return sparse
-        weights = {"dense_weight": self.dense_weight, "sparse_weight": self.sparse_weight}
-        if self.fusion != "calibrated":
-            return FUSIONS[self.fusion](dense, sparse, **weights)
-        calibration = self._stored_calibration()
-        if calibration is None:
+        calibration = self._stored_calibration() if self.fusion == "calibrated" else None
+        if self.fusion == "calibrated" and calibration is None:
             raise ValueError(
                 f"collection {self.collection.name!r} has no calibration yet; call retriever.calibrate() once, or choose "
                 "another fusion"
             )
-        return calibrated(dense, sparse, calibration, **weights)
+        fuse = fusion_named(self.fusion, options=self.fusion_options, calibration=calibration)
+        return fuse(dense, sparse, dense_weight=self.dense_weight, sparse_weight=self.sparse_weight)
 
     def _stored_calibration(self) -> Calibration | None:
         if self._calibration is None:

@@ -1,0 +1,1 @@
+Tuning = tune = None
