@@ -83,11 +83,12 @@ def test_no_pickle_and_no_remote_code() -> None:
 
 
 def test_namespace_packages_have_no_init() -> None:
-    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers"):
+    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers", "llama_index/vector_stores"):
         assert not (ROOT / "integrations" / folder / "__init__.py").exists()
 
 
 def test_every_import_package_is_typed() -> None:
-    packages = ("gte_rag", "integrations/langchain_gte", "integrations/llama_index/embeddings/gte")
-    for package in (*packages, "integrations/llama_index/retrievers/gte"):
+    adapters = ("embeddings", "retrievers", "vector_stores")
+    packages = ("gte_rag", "integrations/langchain_gte", *(f"integrations/llama_index/{name}/gte" for name in adapters))
+    for package in packages:
         assert (ROOT / package / "py.typed").is_file(), package

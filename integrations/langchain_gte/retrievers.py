@@ -42,8 +42,9 @@ class GTEHybridRetriever(BaseRetriever):
         candidates: How many documents the first stage gives to the second.
         mode: How candidates are found; see `gte_rag.retriever.HybridRetriever`.
         fusion: How the two scores become one; see there.
+        fusion_options: Further options of the fusion; see there.
         dense_weight: Weight of the dense score.
-        sparse_weight: Weight of the sparse score.
+        sparse_weight: Weight of the sparse score; None is the fusion's own.
         where: Chroma filter on metadata.
         where_document: Chroma filter on the text.
     """
@@ -56,8 +57,9 @@ class GTEHybridRetriever(BaseRetriever):
     candidates: int = Field(default=100, frozen=True)
     mode: str = Field(default="rescore", frozen=True)
     fusion: str = Field(default="weighted", frozen=True)
+    fusion_options: dict[str, float] | None = Field(default=None, frozen=True)
     dense_weight: float = Field(default=1.0, frozen=True)
-    sparse_weight: float = Field(default=0.3, frozen=True)
+    sparse_weight: float | None = Field(default=None, frozen=True)
     where: dict[str, Any] | None = None
     where_document: dict[str, Any] | None = None
 
@@ -71,6 +73,7 @@ class GTEHybridRetriever(BaseRetriever):
             candidates=self.candidates,
             mode=self.mode,
             fusion=self.fusion,
+            fusion_options=self.fusion_options,
             dense_weight=self.dense_weight,
             sparse_weight=self.sparse_weight,
         )

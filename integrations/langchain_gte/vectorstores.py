@@ -364,7 +364,7 @@ class GTEChroma(VectorStore):
             k: How many documents to return.
             filter: As for `similarity_search`.
             where_document: As for `similarity_search`.
-            **options: `mode`, `candidates`, `fusion`, `dense_weight`, `sparse_weight` of `HybridRetriever`.
+            **options: `mode`, `candidates`, `fusion`, `fusion_options`, `dense_weight`, `sparse_weight` of `HybridRetriever`.
 
         Raises:
             ValueError: An option is out of range, or Chroma refuses a filter.

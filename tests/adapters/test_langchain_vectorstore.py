@@ -26,7 +26,7 @@ from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.vectorstores import VectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 
-from gte_rag import CollectionMismatchError, Encoding, GTEEncoder, HybridRetriever, SparseMatrix, SparseVector
+from gte_rag import CollectionMismatchError, GTEEncoder, HybridRetriever
 from gte_rag.records import RESERVED_KEY
 from langchain_gte import GTEChroma, GTEEmbeddings, GTEHybridRetriever
 
@@ -211,24 +211,6 @@ def test_scored_documents_can_be_stored_again(store: GTEChroma) -> None:
     retrieved = GTEHybridRetriever(collection=store.collection).invoke("wall")
     store.add_documents(retrieved)
     assert store.get_by_ids(["wall", "rust", "beijing", "bread"]) == DOCUMENTS
-
-
-def test_more_documents_than_chroma_takes_at_once(
-    chroma_client: ClientAPI, embeddings: GTEEmbeddings, encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit = chroma_client.get_max_batch_size()
-    dense = np.eye(limit + 100, encoder.dimension, dtype=np.float32)
-    dense[dense.sum(axis=1) == 0, 0] = 1
-    one = SparseVector.from_dict({7: 1.0})
-
-    def quickly(texts: list[str], **options: Any) -> Encoding:
-        return Encoding(dense[: len(texts)], SparseMatrix.from_vectors([one] * len(texts), encoder.vocab_size), 0)
-
-    monkeypatch.setattr(encoder, "encode_documents", quickly)
-    texts = [f"text {number}" for number in range(limit + 100)]
-    store = GTEChroma.from_texts(texts, embeddings, client=chroma_client)
-    assert store.collection.count() == limit + 100
-    monkeypatch.undo()
 
 
 async def test_deleting_by_id_and_by_filter(store: GTEChroma) -> None:
