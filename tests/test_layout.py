@@ -23,6 +23,7 @@ LAYERS = (
     "encoder",
     "fusion",
     "chroma",
+    "neighbours",
     "retriever",
     "indexing",
     "demo",
@@ -92,3 +93,19 @@ def test_every_import_package_is_typed() -> None:
     packages = ("gte_rag", "integrations/langchain_gte", *(f"integrations/llama_index/{name}/gte" for name in adapters))
     for package in packages:
         assert (ROOT / package / "py.typed").is_file(), package
+
+
+@pytest.mark.parametrize(
+    ("module", "framework", "extra"),
+    [
+        ("langchain_gte", "langchain_core", "langchain"),
+        ("llama_index.embeddings.gte", "llama_index.core", "llama-index"),
+        ("llama_index.retrievers.gte", "llama_index.core", "llama-index"),
+        ("llama_index.vector_stores.gte", "llama_index.core", "llama-index"),
+    ],
+)
+def test_a_missing_framework_is_named_with_its_extra(module: str, framework: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{framework!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.splitlines()[-1].startswith("gte_rag.errors.MissingExtraError")
+    assert f"pip install 'gte-rag[{extra}]'" in result.stderr

@@ -5,7 +5,7 @@ from gte_rag.errors import missing_extra
 try:
     from llama_index.vector_stores.gte.base import GTEChromaVectorStore
 except ModuleNotFoundError as error:
-    if error.name not in ("llama_index.core", "llama_index"):
+    if not (error.name or "").startswith("llama_index.core"):
         raise
     raise missing_extra("llama-index-core", "llama-index") from error
 
