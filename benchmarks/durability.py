@@ -27,10 +27,11 @@ from typing import Any, cast
 
 import chromadb
 import numpy as np
-from synthetic import SyntheticEncoder
+from chromadb.config import Settings
 
 from gte_rag import HybridCollection
-from gte_rag.records import RESERVED_KEY, unseal
+from gte_rag.records import RESERVED_KEY, open_seal
+from synthetic import SyntheticEncoder
 
 DOCUMENTS = 5000
 GROUP = 50
@@ -43,7 +44,7 @@ def text_of(number: int, edition: int) -> str:
 
 def open_collection(folder: str) -> HybridCollection:
     """Open the collection with synthetic vectors."""
-    client = chromadb.PersistentClient(folder, settings=chromadb.Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
     return HybridCollection(client, "durability", encoder=cast(Any, SyntheticEncoder()))
 
 
@@ -81,7 +82,7 @@ def check(folder: str, reported: int, edition: int, result: Connection) -> None:
         cosines = np.einsum("nd,nd->n", np.asarray(found["embeddings"]), encoding.dense)
         wrong += [f"{found['ids'][row]}: dense vector of another text" for row in np.flatnonzero(cosines < 0.999)]
         for record_id, text, metadata in zip(found["ids"], texts, cast(Any, found["metadatas"]), strict=True):
-            if unseal(metadata.get(RESERVED_KEY), text, encoder.fingerprint) is None:
+            if open_seal(metadata.get(RESERVED_KEY), text, encoder.fingerprint) is None:
                 wrong.append(f"{record_id}: sparse vector of another text")
             if f"edition {metadata['edition']}" not in text:
                 wrong.append(f"{record_id}: metadata of another text")

@@ -29,12 +29,12 @@ from gte_rag.records import (
     Record,
     check_ids,
     check_records,
+    open_seal,
     records_of,
     seal,
     some_ids,
-    unseal,
 )
-from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse
+from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse_rows
 
 try:
     from chromadb.api import ClientAPI
@@ -52,8 +52,8 @@ _PROGRESS_DELAY_S = 2.0
 # cosines must be: other precisions and dtypes stay above 0.99, other models far below.
 _ADOPTION_SAMPLE = 8
 _ADOPTION_COSINE = 0.98
-# Chroma's distance -> cosine, for unit vectors.
-_COSINE_OF = {"cosine": lambda d: 1.0 - d, "l2": lambda d: 1.0 - d / 2, "ip": lambda d: 1.0 - d}
+# The cosine of unit vectors is 1 - scale * distance.
+_DISTANCE_SCALE = {"cosine": 1.0, "l2": 0.5, "ip": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,42 @@ class Candidate:
     record: Record
     dense_score: float
     sparse: SparseVector
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Sequence[Candidate]):
+    """The records that the search for one query considers.
+
+    Attributes:
+        records: The records, n of them.
+        dense_scores: Cosines with the query, float32, shape (n,).
+        sparse: Sparse vectors, shape (n, vocabulary size).
+    """
+
+    records: list[Record]
+    dense_scores: FloatArray
+    sparse: SparseMatrix
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Candidate:  # type: ignore[override]  # single candidates, no slices
+        """Return one of them."""
+        return Candidate(self.records[index], float(self.dense_scores[index]), self.sparse[index])
+
+    def __add__(self, other: Candidates) -> Candidates:
+        """Return these and then the others."""
+        return Candidates(
+            self.records + other.records,
+            np.concatenate([self.dense_scores, other.dense_scores]),
+            SparseMatrix.stack([self.sparse, other.sparse], self.sparse.shape[1]),
+        )
+
+    def take(self, rows: Sequence[int]) -> Candidates:
+        """Return some of them, in the given order."""
+        chosen = np.array(rows, dtype=np.int64)
+        return Candidates([self.records[row] for row in rows], self.dense_scores[chosen], self.sparse.take(chosen))
 
 
 class HybridCollection:
@@ -114,7 +150,9 @@ class HybridCollection:
         if not name:  # a server answers this one with an empty error
             raise ValueError("name is empty; Chroma takes names of at least three characters")
         if not encoder.has_sparse:
-            raise ValueError(f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head")
+            raise ValueError(
+                f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head"
+            )
         self.name = name
         self.encoder = encoder
         self._encoded_text = encoded_text
@@ -136,7 +174,9 @@ class HybridCollection:
         self._max_batch: int = client.get_max_batch_size()
         self._space = self._check_marks(adopt)
         settings = client.get_settings()
-        folder = Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+        folder = (
+            Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+        )
         identity = str(self.collection.id)
         self._log = None if folder is None else LocalLog.open(folder, identity)
         self._view = LexicalView.of(
@@ -290,7 +330,7 @@ class HybridCollection:
                 stale = [
                     index
                     for index, (text, metadata) in enumerate(zip(texts, metadatas, strict=True))
-                    if unseal(metadata.get(RESERVED_KEY), text, fingerprint) is None
+                    if open_seal(metadata.get(RESERVED_KEY), text, fingerprint) is None
                 ]
                 if stale:
                     vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
@@ -315,7 +355,7 @@ class HybridCollection:
         *,
         where: Mapping[str, Any] | None = None,
         where_document: Mapping[str, Any] | None = None,
-    ) -> list[list[Candidate]]:
+    ) -> list[Candidates]:
         """Return for each query vector the `n` records whose dense vectors are nearest.
 
         Args:
@@ -334,9 +374,12 @@ class HybridCollection:
             where_document=cast(Any, where_document),
             include=["metadatas", "documents", "distances"],
         )
-        cosine_of = _COSINE_OF[self._space]
+        scale = _DISTANCE_SCALE[self._space]
         return [
-            self._candidates({"ids": ids, "documents": documents, "metadatas": metadatas}, list(map(cosine_of, distances)))
+            self._candidates(
+                {"ids": ids, "documents": documents, "metadatas": metadatas},
+                1 - scale * np.array(distances, dtype=np.float32),
+            )
             for ids, documents, metadatas, distances in zip(
                 found["ids"],
                 cast(Any, found["documents"]),
@@ -346,17 +389,18 @@ class HybridCollection:
             )
         ]
 
-    def candidates(self, ids: Sequence[str], vector: FloatArray) -> list[Candidate]:
+    def candidates(self, ids: Sequence[str], vector: FloatArray) -> Candidates:
         """Return the records of these ids that exist, scored against one query vector, in the order of `ids`."""
-        scored: dict[str, Candidate] = {}
+        found_all = Candidates([], np.empty(0, dtype=np.float32), SparseMatrix.stack([], self.encoder.vocab_size))
         for part in self._parts(list(ids)):
             found = self.collection.get(part, include=["documents", "metadatas", "embeddings"])
             if not found["ids"]:
                 continue
             stored = np.asarray(found["embeddings"], dtype=np.float32)
             cosines = stored @ vector / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
-            scored |= {item.record.id: item for item in self._candidates(cast(Any, found), cosines.tolist())}
-        return [scored[record_id] for record_id in ids if record_id in scored]
+            found_all += self._candidates(cast(Any, found), cosines)
+        row_of = {record.id: row for row, record in enumerate(found_all.records)}
+        return found_all.take([row_of[record_id] for record_id in ids if record_id in row_of])
 
     def lexical_index(self) -> SparseIndex:
         """Return the exact index over all sparse vectors, brought up to date; see `gte_rag.lexical_view`."""
@@ -417,7 +461,7 @@ class HybridCollection:
                     f"collection {self.name!r} holds vectors of dimension {stored[_DIMENSION_KEY]}; this encoder gives "
                     f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored[_DIMENSION_KEY]}, or use another collection"
                 )
-        if space != "cosine" and not (adopt and space in _COSINE_OF):
+        if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(
                 f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
                 'collection, or create this one with configuration={"hnsw": {"space": "cosine"}}'
@@ -445,7 +489,9 @@ class HybridCollection:
                 f"{self.encoder.dimension}. Load the encoder with dimension={stored.shape[1]} if it can give that"
             )
         if not any(texts):
-            raise CollectionMismatchError(f"collection {self.name!r} stores no texts, so sparse vectors cannot be computed")
+            raise CollectionMismatchError(
+                f"collection {self.name!r} stores no texts, so sparse vectors cannot be computed"
+            )
         norms = np.linalg.norm(stored, axis=1)
         if space != "cosine" and not np.allclose(norms, 1, atol=1e-3):
             raise CollectionMismatchError(
@@ -517,7 +563,7 @@ class HybridCollection:
             if found["ids"]:
                 yield cast(dict[str, Any], found)
 
-    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], list[SparseVector]]]:
+    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], SparseMatrix]]:
         include: Any = ["documents", "metadatas"]
         pages = (
             self._pages(include)
@@ -527,25 +573,27 @@ class HybridCollection:
         for found in pages:
             yield found["ids"], self._fresh_sparse(found)
 
-    def _candidates(self, found: Mapping[str, Any], cosines: Sequence[float]) -> list[Candidate]:
-        cosines = [min(1.0, max(-1.0, cosine)) for cosine in cosines]  # rounding takes Chroma's distance a little below 0
-        return list(map(Candidate, records_of(found), cosines, self._fresh_sparse(found)))
+    def _candidates(self, found: Mapping[str, Any], cosines: FloatArray) -> Candidates:
+        # Rounding takes Chroma's distance a little below 0.
+        return Candidates(records_of(found), np.clip(cosines, -1, 1).astype(np.float32), self._fresh_sparse(found))
 
-    def _fresh_sparse(self, found: Mapping[str, Any]) -> list[SparseVector]:
+    def _fresh_sparse(self, found: Mapping[str, Any]) -> SparseMatrix:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
         texts, metadatas, fingerprint = _texts(found), _metadatas(found), self.encoder.fingerprint
-        vectors = [
-            unseal(metadata.get(RESERVED_KEY), text, fingerprint)
+        packed = [
+            open_seal(metadata.get(RESERVED_KEY), text, fingerprint)
             for text, metadata in zip(texts, metadatas, strict=True)
         ]
-        stale = [index for index, vector in enumerate(vectors) if vector is None]
-        if stale:
-            computed = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
-            for index, vector in zip(stale, computed, strict=True):
-                vectors[index] = vector
-        return cast("list[SparseVector]", vectors)
+        stored = unpack_sparse_rows([value or "" for value in packed], self.encoder.vocab_size)
+        stale = [row for row, value in enumerate(packed) if value is None]
+        if not stale:
+            return stored
+        rows = np.arange(len(texts))
+        rows[stale] = len(texts) + np.arange(len(stale))
+        computed = self._sparse_of([texts[row] for row in stale], [metadatas[row] for row in stale])
+        return SparseMatrix.stack([stored, computed], self.encoder.vocab_size).take(rows)
 
-    def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[SparseVector]:
+    def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> SparseMatrix:
         computed = self.encoder.encode_documents(self._as_encoded(texts, metadatas), dense=False).sparse
         assert computed is not None
         return computed
@@ -564,4 +612,4 @@ def _metadatas(found: Mapping[str, Any]) -> list[Metadata]:
 
 def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
     """Round the weights as packing does, so that an index fed directly equals one read back."""
-    return SparseMatrix.from_vectors([unpack_sparse(pack_sparse(vector)) for vector in vectors], vectors.shape[1])
+    return unpack_sparse_rows([pack_sparse(vector) for vector in vectors], vectors.shape[1])

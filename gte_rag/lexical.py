@@ -204,8 +204,8 @@ class SparseIndex:
         Args:
             query: The query's sparse vector.
             k: Number of records to return at most.
-            allowed: Only records whose id is in this set (or other container, or array) may be returned. Their
-                number costs little; a container that cannot be iterated is asked for one id after the other, best first.
+            allowed: Only records whose id is in this set may be returned. A list or an array is made into a set first; a
+                container that only answers ``in`` is asked for one id after the other, best first.
 
         Returns:
             (id, score) of at most `k` records with a score greater than 0, best first; of equal scores the record

@@ -16,10 +16,10 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from gte_rag.lexical import SparseIndex
-from gte_rag.vectors import SparseMatrix, SparseVector
+from gte_rag.vectors import SparseMatrix
 
 # Returns the sparse vectors of those of the given ids that exist, all that exist for None, in parts.
-Fetch = Callable[[Sequence[str] | None], Iterator[tuple[list[str], list[SparseVector]]]]
+Fetch = Callable[[Sequence[str] | None], Iterator[tuple[list[str], SparseMatrix]]]
 
 # An index is written to disk when it has this many records and a tenth of them is not in the file yet.
 _SAVE_FROM = 2000
@@ -59,7 +59,11 @@ class LocalLog:
 
     def position(self) -> int:
         """Return the sequence number of the last write to the collection; 0 before the first."""
-        row = self._connection().execute("SELECT seq_id FROM max_seq_id WHERE segment_id = ?", (self._segment,)).fetchone()
+        row = (
+            self._connection()
+            .execute("SELECT seq_id FROM max_seq_id WHERE segment_id = ?", (self._segment,))
+            .fetchone()
+        )
         return int(row[0]) if row else 0
 
     def changed(self, position: int) -> tuple[int, int, list[str]]:
@@ -184,7 +188,7 @@ class LexicalView:
     def _build(self, fetch: Fetch) -> SparseIndex:
         index = SparseIndex(self._vocab_size)
         for ids, vectors in fetch(None):
-            index.upsert(ids, SparseMatrix.from_vectors(vectors, self._vocab_size))
+            index.upsert(ids, vectors)
         return index
 
     def _follow(self, log: LocalLog, fetch: Fetch) -> SparseIndex:
@@ -198,7 +202,7 @@ class LexicalView:
         last, count, changed = log.changed(self._position)
         if changed:
             for ids, vectors in fetch(None if len(changed) == count else changed):
-                index.upsert(ids, SparseMatrix.from_vectors(vectors, self._vocab_size))
+                index.upsert(ids, vectors)
         if len(index) != count:  # records were deleted
             index.delete(sorted(set(index.ids()) - log.ids()))
         self._index, self._position = index, last

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gte_rag.tokenization import check_texts
-from gte_rag.vectors import SparseVector, pack_sparse, unpack_sparse
+from gte_rag.vectors import SparseVector, pack_sparse
 
 MetadataValue: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
 Metadata: TypeAlias = Mapping[str, MetadataValue]
@@ -43,14 +43,14 @@ def seal(vector: SparseVector, text: str, fingerprint: str) -> str:
     return ":".join((_FORMAT, fingerprint, _digest(text, packed), packed))
 
 
-def unseal(value: object, text: str, fingerprint: str) -> SparseVector | None:
-    """Return the sparse vector of a seal, or None if it belongs to another text or model, or is missing or damaged."""
+def open_seal(value: object, text: str, fingerprint: str) -> str | None:
+    """Return the packed vector in a seal, or None if it belongs to another text or model, or is missing or damaged."""
     prefix = f"{_FORMAT}:{fingerprint}:"
     if not isinstance(value, str) or not value.startswith(prefix):
         return None
     digest, _, packed = value[len(prefix) :].partition(":")
     # The digest covers the weights too: cut short, they may still unpack, to wrong ones.
-    return unpack_sparse(packed) if digest == _digest(text, packed) else None
+    return packed if digest == _digest(text, packed) else None
 
 
 def records_of(found: Mapping[str, Any]) -> list[Record]:

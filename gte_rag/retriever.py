@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gte_rag.chroma import Candidate, HybridCollection
+from gte_rag.chroma import Candidates, HybridCollection
 from gte_rag.fusion import FUSIONS, Calibration, fusion_named, measure
 from gte_rag.records import MetadataValue
 from gte_rag.tokenization import check_texts
-from gte_rag.tuning import Tuning, tune
+from gte_rag.tuning import ScoredQuery, Trial, Tuning, tune
 from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector
 
 _CARD_SPARSE_WEIGHT = 0.3
@@ -212,14 +212,18 @@ class HybridRetriever:
         dense, sparse = self._encode([_opening(record.text) for record in records])
         found = self.collection.nearest(dense, self.candidates)
         scores = [
-            _scores(query, [item for item in candidates if item.record.id != record.id])
+            _scores(query, candidates.take([i for i, other in enumerate(candidates.records) if other.id != record.id]))
             for record, query, candidates in zip(records, sparse, found, strict=True)
         ]
-        calibration = measure([dense_scores for dense_scores, _ in scores], [sparse_scores for _, sparse_scores in scores])
+        calibration = measure(
+            [dense_scores for dense_scores, _ in scores], [sparse_scores for _, sparse_scores in scores]
+        )
         self.collection.calibration = self._calibration = calibration
         return calibration
 
-    def tune(self, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], *, apply: bool = True) -> Tuning:
+    def tune(
+        self, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, float]], *, apply: bool = True
+    ) -> Tuning:
         """Choose fusion and weights by nDCG@10 on labelled queries, and say what that gains on held-out ones.
 
         Args:
@@ -231,23 +235,24 @@ class HybridRetriever:
             The choice, with nDCG before and after on the held-out queries.
 
         Raises:
-            ValueError: There are too few labelled queries to hold some out.
+            ValueError: There are too few labelled queries to hold some out, or the mode ranks by one score only.
         """
+        if self.mode in ("dense", "sparse"):
+            raise ValueError(
+                f"mode {self.mode!r} ranks by one score only; tune a retriever of mode 'rescore' or 'union'"
+            )
         names = sorted(queries)
         dense, sparse = self._encode([queries[name] for name in names])
         found = self._candidates(dense, sparse, self.candidates, None, None)
-        runs = {
-            name: ([item.record.id for item in candidates], *_scores(query, candidates))
+        scored = [
+            ScoredQuery(name, [record.id for record in candidates.records], *_scores(query, candidates))
             for name, query, candidates in zip(names, sparse, found, strict=True)
-        }
-        tuning = tune(
-            runs,
-            qrels,
-            calibration=self._stored_calibration(),
-            baseline=(self.fusion, self.dense_weight, self.sparse_weight),
-        )
+        ]
+        baseline = Trial(self.fusion, self.dense_weight, self.sparse_weight, self.fusion_options)
+        tuning = tune(scored, qrels, calibration=self._stored_calibration(), baseline=baseline)
         if apply:
-            self.fusion, self.dense_weight, self.sparse_weight = tuning.fusion, tuning.dense_weight, tuning.sparse_weight
+            self.fusion, self.fusion_options = tuning.fusion, dict(tuning.options)
+            self.dense_weight, self.sparse_weight = tuning.dense_weight, tuning.sparse_weight
         return tuning
 
     def _encode(self, queries: Sequence[str]) -> tuple[FloatArray, SparseMatrix]:
@@ -263,35 +268,38 @@ class HybridRetriever:
         k: int,
         where: Mapping[str, Any] | None,
         where_document: Mapping[str, Any] | None,
-    ) -> list[list[Candidate]]:
+    ) -> list[Candidates]:
         """Return for each query the records that the mode considers."""
         n = max(k, self.candidates) if self.mode in ("rescore", "union") else k
-        found: list[list[Candidate]] = [[] for _ in sparse]
+        nearest: list[Candidates] | None = None
         if self.mode != "sparse":
-            found = self.collection.nearest(dense, n, where=where, where_document=where_document)
-        if self.mode in ("union", "sparse"):
-            index = self.collection.lexical_index()
-            unfiltered = where is None and where_document is None
-            allowed = None if unfiltered else set(self.collection.matching_ids(where, where_document))
-            for vector, query, candidates in zip(dense, sparse, found, strict=True):
-                known = {candidate.record.id for candidate in candidates}
-                best = [record_id for record_id, _ in index.search(query, n, allowed=allowed) if record_id not in known]
-                candidates += self.collection.candidates(best, vector)
+            nearest = self.collection.nearest(dense, n, where=where, where_document=where_document)
+        if nearest is not None and self.mode != "union":
+            return nearest
+        index = self.collection.lexical_index()
+        unfiltered = where is None and where_document is None
+        allowed = None if unfiltered else set(self.collection.matching_ids(where, where_document))
+        found: list[Candidates] = []
+        for row, (vector, query) in enumerate(zip(dense, sparse, strict=True)):
+            known = set() if nearest is None else {record.id for record in nearest[row].records}
+            best = [record_id for record_id, _ in index.search(query, n, allowed=allowed) if record_id not in known]
+            lexical = self.collection.candidates(best, vector)
+            found.append(lexical if nearest is None else nearest[row] + lexical)
         return found
 
-    def _rank(self, query: SparseVector, candidates: list[Candidate], k: int) -> list[Hit]:
+    def _rank(self, query: SparseVector, candidates: Candidates, k: int) -> list[Hit]:
         dense_scores, sparse_scores = _scores(query, candidates)
         scores = self._fuse(dense_scores, sparse_scores)
         best = np.argsort(-scores, kind="stable")[:k]  # of equal scores the nearer dense vector first
         return [
             Hit(
-                id=candidates[index].record.id,
-                text=candidates[index].record.text,
-                metadata=candidates[index].record.metadata,
+                id=candidates.records[index].id,
+                text=candidates.records[index].text,
+                metadata=candidates.records[index].metadata,
                 score=float(scores[index]),
                 dense_score=float(dense_scores[index]),
                 sparse_score=float(sparse_scores[index]),
-                matches=self._matches(query, candidates[index].sparse),
+                matches=self._matches(query, candidates.sparse[index]),
             )
             for index in best
             if self.mode != "sparse" or sparse_scores[index] > 0
@@ -323,11 +331,9 @@ class HybridRetriever:
         return tuple(sorted(matches, key=lambda match: -match.weight))
 
 
-def _scores(query: SparseVector, candidates: Sequence[Candidate]) -> tuple[FloatArray, FloatArray]:
+def _scores(query: SparseVector, candidates: Candidates) -> tuple[FloatArray, FloatArray]:
     """Return the dense and the sparse scores of candidates: float32, shape (n,) each."""
-    dense = np.array([candidate.dense_score for candidate in candidates], dtype=np.float32)
-    sparse = np.array([query.dot(candidate.sparse) for candidate in candidates], dtype=np.float32)
-    return dense, sparse
+    return candidates.dense_scores, candidates.sparse.dot(query)
 
 
 def _opening(text: str) -> str:

@@ -26,7 +26,12 @@ class SharedEncoder:
     """
 
     def __init__(
-        self, model_name: str = "gte-mini", *, dimension: int | None = None, device: str | None = None, precision: str = "auto"
+        self,
+        model_name: str = "gte-mini",
+        *,
+        dimension: int | None = None,
+        device: str | None = None,
+        precision: str = "auto",
     ) -> None:
         """Remember what to load; see `GTEEncoder.from_pretrained`."""
         self._options = {"dimension": dimension, "device": device, "precision": precision}
@@ -69,7 +74,9 @@ class SharedEncoder:
         if len(encoding) <= _REMEMBERED_TEXTS:
             with self._lock:
                 self._recent[key] = encoding
-                while len(self._recent) > _REMEMBERED_BATCHES or sum(map(len, self._recent.values())) > _REMEMBERED_TEXTS:
+                while (
+                    len(self._recent) > _REMEMBERED_BATCHES or sum(map(len, self._recent.values())) > _REMEMBERED_TEXTS
+                ):
                     self._recent.popitem(last=False)
         return encoding
 

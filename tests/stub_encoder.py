@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from gte_rag.chroma import HybridCollection
-from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
+from gte_rag.vectors import Encoding, FloatArray, SparseMatrix, SparseVector
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -81,13 +81,14 @@ class StubEncoder:
         """The sparse vector of a text, by word."""
         return {word: self.word_weight * count for word, count in words(text).items()}
 
-    def dense(self, text: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def dense(self, text: str) -> FloatArray:
         """The dense vector of a text."""
         vector = np.zeros(self.dimension, dtype=np.float32)
         vector[0] = 0.5
         for word, count in words(text).items():
             vector[1 + _hash(word) % (self.dimension - 1)] += count
-        return (vector / np.linalg.norm(vector)).astype(np.float32)
+        unit: FloatArray = (vector / np.linalg.norm(vector)).astype(np.float32)
+        return unit
 
     def _encode(self, texts: Sequence[str], dense: bool, sparse: bool) -> Encoding:
         if self.fails_on in texts:

@@ -49,7 +49,9 @@ def test_a_collection_embeds_and_queries_with_the_function(chroma_client: Client
 def test_chroma_rebuilds_the_function_from_a_stored_collection(tmp_path: Path) -> None:
     settings = chromadb.Settings(anonymized_telemetry=False)
     client = chromadb.PersistentClient(str(tmp_path), settings=settings)
-    client.create_collection("own", embedding_function=GTEEmbeddingFunction(dimension=128)).add(ids=["1"], documents=TEXTS[:1])
+    client.create_collection("own", embedding_function=GTEEmbeddingFunction(dimension=128)).add(
+        ids=["1"], documents=TEXTS[:1]
+    )
     again = client.get_collection("own")
     assert again.query(query_texts=["Peking"], n_results=1)["ids"] == [["1"]]
     assert again.get(include=["embeddings"])["embeddings"].shape == (1, 128)
@@ -97,7 +99,9 @@ def test_what_is_remembered_is_bounded(encoder: GTEEncoder) -> None:
 
 def test_equal_options_share_one_encoder_even_between_threads() -> None:
     found: list[SharedEncoder] = []
-    threads = [threading.Thread(target=lambda: found.append(shared_encoder("gte-mini", dimension=96))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(shared_encoder("gte-mini", dimension=96))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -10,16 +10,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from stub_encoder import StubEncoder, open_collection
 
 from gte_rag import HybridCollection, HybridRetriever, SparseVector
 from gte_rag.retriever import MODES
+from stub_encoder import StubEncoder, open_collection
 
 chromadb = pytest.importorskip("chromadb")
 
@@ -52,7 +53,7 @@ class HybridMachine(RuleBasedStateMachine):
             if self.persistent
             else chromadb.EphemeralClient(settings=settings_)
         )
-        self.name = f"state-{self.folder.name}"
+        self.name = f"state-{uuid4().hex}"
         self.encoder = StubEncoder()
         self.collection = open_collection(self.client, self.name, self.encoder)
         self.records: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -64,7 +65,9 @@ class HybridMachine(RuleBasedStateMachine):
 
     @rule(ids=some_ids, text=texts, metadata=metadatas)
     def upsert(self, ids: list[str], text: str, metadata: dict[str, Any]) -> None:
-        self.collection.upsert(ids, [f"{text} {WORDS[i % 5]}" for i in range(len(ids))], metadatas=[metadata] * len(ids))
+        self.collection.upsert(
+            ids, [f"{text} {WORDS[i % 5]}" for i in range(len(ids))], metadatas=[metadata] * len(ids)
+        )
         self.records |= {name: (f"{text} {WORDS[i % 5]}", metadata) for i, name in enumerate(ids)}
 
     @rule(ids=some_ids)
@@ -82,7 +85,7 @@ class HybridMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(IDS), text=texts)
     def another_program_writes_a_text(self, name: str, text: str) -> None:
-        self.collection.collection.upsert(ids=[name], documents=[text], embeddings=[self.encoder.dense(text)])
+        self.collection.collection.upsert(ids=[name], documents=[text], embeddings=self.encoder.dense(text)[None])
         self.records[name] = (text, self.records.get(name, ("", {}))[1])
         if not self.persistent:
             self.collection.refresh()
@@ -90,7 +93,9 @@ class HybridMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(IDS))
     def another_program_deletes_and_adds_again(self, name: str) -> None:
         self.collection.collection.delete([name])
-        self.collection.collection.add(ids=[name], documents=["stone stone"], embeddings=[self.encoder.dense("stone stone")])
+        self.collection.collection.add(
+            ids=[name], documents=["stone stone"], embeddings=self.encoder.dense("stone stone")[None]
+        )
         self.records[name] = ("stone stone", {})
         if not self.persistent:
             self.collection.refresh()

@@ -21,9 +21,15 @@ LAYERS = (
     "heads",
     "checkpoint",
     "encoder",
+    "shared",
     "fusion",
+    "tuning",
+    "lexical",
+    "lexical_view",
+    "records",
     "chroma",
     "neighbours",
+    "embedding_functions",
     "retriever",
     "indexing",
     "demo",
@@ -32,7 +38,7 @@ LAYERS = (
 )
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
-    "chromadb": {"chroma", "indexing", "demo", "cli"},
+    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),

@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from gte_rag.chroma import Candidate, HybridCollection
+from gte_rag.chroma import Candidates, HybridCollection
 from gte_rag.encoder import GTEEncoder
 from gte_rag.fusion import FUSIONS, fusion_named
 from gte_rag.neighbours import neighbours, unit_vector
@@ -337,22 +337,18 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
                 raise ValueError(f"{name} is {number}; it must be at least 1")
         weights = self._weights(query)
         vector = self._embedding(query)
-        found: list[Candidate] = []
+        sides: list[Candidates] = []
         if alpha > 0:
-            (found,) = self._collection.nearest(vector[None], n_dense, **filters)
+            sides += self._collection.nearest(vector[None], n_dense, **filters)
         if alpha < 1:
-            known = {item.record.id for item in found}
+            known = {record.id for side in sides for record in side.records}
             best = self._best_sparse(weights, n_sparse, filters)
-            found += self._collection.candidates([name for name, _ in best if name not in known], vector)
+            sides.append(self._collection.candidates([name for name, _ in best if name not in known], vector))
+        found = sides[0] if len(sides) == 1 else sides[0] + sides[1]
         fuse = fusion_named(self.fusion, calibration=self._collection.calibration)
-        scores = fuse(
-            np.array([item.dense_score for item in found], dtype=np.float32),
-            np.array([weights.dot(item.sparse) for item in found], dtype=np.float32),
-            dense_weight=alpha,
-            sparse_weight=1 - alpha,
-        )
+        scores = fuse(found.dense_scores, found.sparse.dot(weights), dense_weight=alpha, sparse_weight=1 - alpha)
         order = np.argsort(-scores, kind="stable")[:k]
-        return _result([found[index].record for index in order], scores[order].tolist())
+        return _result([found.records[index] for index in order], scores[order].tolist())
 
     def _mmr(
         self, query: VectorStoreQuery, filters: dict[str, Any], threshold: float | None, fetched: int
