@@ -8,7 +8,7 @@ The key never shows in what is returned.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,15 @@ class HybridCollection:
         collection: The Chroma collection itself.
     """
 
-    def __init__(self, client: ClientAPI, name: str, *, encoder: GTEEncoder, adopt: bool = False) -> None:
+    def __init__(
+        self,
+        client: ClientAPI,
+        name: str,
+        *,
+        encoder: GTEEncoder,
+        adopt: bool = False,
+        encoded_text: Callable[[str, Metadata], str] | None = None,
+    ) -> None:
         """Open or create a collection.
 
         Args:
@@ -129,6 +137,8 @@ class HybridCollection:
             adopt: Open a collection that another program filled with dense vectors of this very model, such as
                 `langchain_chroma` or LlamaIndex. A sample of its texts is encoded and compared first. Nothing is written;
                 sparse vectors are computed when they are needed, or once and for all by `backfill`.
+            encoded_text: Gives what is encoded of a record from its text and its metadata, for programs that encode more
+                than the text, such as LlamaIndex; None encodes the text.
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
@@ -145,6 +155,7 @@ class HybridCollection:
             )
         self.name = name
         self.encoder = encoder
+        self._encoded_text = encoded_text
         self._marks: dict[str, str | int] = {
             _FINGERPRINT_KEY: encoder.fingerprint,
             _MODEL_KEY: encoder.name,
@@ -314,15 +325,15 @@ class HybridCollection:
         written = 0
         with tqdm(total=self.count(), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
             for found in self._pages(["documents", "metadatas"]):
-                texts, seals = _texts(found), _seals(found)
+                texts, metadatas = _texts(found), _metadatas(found)
                 fingerprint = self.encoder.fingerprint
                 stale = [
                     index
-                    for index, (text, value) in enumerate(zip(texts, seals, strict=True))
-                    if open_seal(value, text, fingerprint) is None
+                    for index, (text, metadata) in enumerate(zip(texts, metadatas, strict=True))
+                    if open_seal(metadata.get(RESERVED_KEY), text, fingerprint) is None
                 ]
                 if stale:
-                    vectors = self._sparse_of([texts[index] for index in stale])
+                    vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
                     values = [
                         {RESERVED_KEY: seal(vector, texts[index], fingerprint)}
                         for index, vector in zip(stale, vectors, strict=True)
@@ -469,7 +480,7 @@ class HybridCollection:
 
     def _check_sample(self, space: str) -> None:
         """Encode some of a foreign collection's texts and refuse it if its vectors are not this model's."""
-        found = self.collection.get(limit=_ADOPTION_SAMPLE, include=["documents", "embeddings"])
+        found = self.collection.get(limit=_ADOPTION_SAMPLE, include=["documents", "metadatas", "embeddings"])
         stored = np.asarray(found["embeddings"], dtype=np.float32)
         texts = _texts(cast(Any, found))
         if stored.shape[1] != self.encoder.dimension:
@@ -487,7 +498,7 @@ class HybridCollection:
                 f"collection {self.name!r} uses the distance {space!r} with vectors that are not of unit length, which is no "
                 "cosine; index its texts into a new collection"
             )
-        dense = self.encoder.encode_documents(texts, sparse=False).dense
+        dense = self.encoder.encode_documents(self._as_encoded(texts, _metadatas(cast(Any, found))), sparse=False).dense
         assert dense is not None
         cosine = float(np.median(np.einsum("nd,nd->n", stored, dense) / np.maximum(norms, 1e-12)))
         if cosine < _ADOPTION_COSINE:
@@ -507,7 +518,7 @@ class HybridCollection:
         with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
             for start in range(0, len(ids), size):
                 part = slice(start, start + size)
-                encoding = self.encoder.encode_documents(texts[part])
+                encoding = self.encoder.encode_documents(self._as_encoded(texts[part], metadatas[part]))
                 assert encoding.dense is not None
                 assert encoding.sparse is not None
                 stored: list[dict[str, Any]] = [
@@ -560,38 +571,43 @@ class HybridCollection:
             else (cast(dict[str, Any], self.collection.get(part, include=include)) for part in self._parts(list(ids)))
         )
         for found in pages:
-            yield found["ids"], self._fresh_sparse(_texts(found), _seals(found))
+            yield found["ids"], self._fresh_sparse(found)
 
     def _candidates(self, found: Mapping[str, Any], cosines: FloatArray) -> Candidates:
-        sparse = self._fresh_sparse(_texts(found), _seals(found))
         # Rounding takes Chroma's distance a little below 0.
-        return Candidates(records_of(found), np.clip(cosines, -1, 1).astype(np.float32), sparse)
+        return Candidates(records_of(found), np.clip(cosines, -1, 1).astype(np.float32), self._fresh_sparse(found))
 
-    def _fresh_sparse(self, texts: Sequence[str], seals: Sequence[object]) -> SparseMatrix:
+    def _fresh_sparse(self, found: Mapping[str, Any]) -> SparseMatrix:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
-        fingerprint = self.encoder.fingerprint
-        packed = [open_seal(value, text, fingerprint) for text, value in zip(texts, seals, strict=True)]
+        texts, metadatas, fingerprint = _texts(found), _metadatas(found), self.encoder.fingerprint
+        packed = [
+            open_seal(metadata.get(RESERVED_KEY), text, fingerprint)
+            for text, metadata in zip(texts, metadatas, strict=True)
+        ]
         stored = unpack_sparse_rows([value or "" for value in packed], self.encoder.vocab_size)
         stale = [row for row, value in enumerate(packed) if value is None]
         if not stale:
             return stored
         rows = np.arange(len(texts))
         rows[stale] = len(texts) + np.arange(len(stale))
-        computed = self._sparse_of([texts[row] for row in stale])
+        computed = self._sparse_of([texts[row] for row in stale], [metadatas[row] for row in stale])
         return SparseMatrix.stack([stored, computed], self.encoder.vocab_size).take(rows)
 
-    def _sparse_of(self, texts: Sequence[str]) -> SparseMatrix:
-        computed = self.encoder.encode_documents(texts, dense=False).sparse
+    def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> SparseMatrix:
+        computed = self.encoder.encode_documents(self._as_encoded(texts, metadatas), dense=False).sparse
         assert computed is not None
         return computed
+
+    def _as_encoded(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[str]:
+        return texts if self._encoded_text is None else list(map(self._encoded_text, texts, metadatas))
 
 
 def _texts(found: Mapping[str, Any]) -> list[str]:
     return [text or "" for text in found["documents"]]
 
 
-def _seals(found: Mapping[str, Any]) -> list[object]:
-    return [(metadata or {}).get(RESERVED_KEY) for metadata in found["metadatas"]]
+def _metadatas(found: Mapping[str, Any]) -> list[Metadata]:
+    return [metadata or {} for metadata in found["metadatas"]]
 
 
 def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
