@@ -20,7 +20,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
 from gte_rag import GTEEncoder, HybridCollection
-from gte_rag.demo import read_documents
+from gte_rag.demo import load_documents
 from langchain_gte import GTEHybridRetriever
 
 QUESTIONS = ("How long does sourdough rise?", "Was bedeutet ECONNREFUSED?", "Что делать при ожоге?")
@@ -32,7 +32,7 @@ Answer = Callable[[str, list[Document], list[BaseMessage]], str]
 def load_passages(folder: Path | None) -> Iterable[Document]:
     """Return paragraphs of the text and Markdown files in a folder, or the bundled demo texts."""
     if folder is None:
-        return [Document(document.text, id=document.id, metadata={"source": document.id}) for document in read_documents()]
+        return [Document(document.text, id=document.id, metadata={"source": document.id}) for document in load_documents()]
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md"))
     return [
         Document(paragraph.strip(), id=f"{path}#{number}", metadata={"source": str(path)})
