@@ -19,6 +19,7 @@ for module, extra in (
     ("langchain_gte", "langchain"),
     ("llama_index.embeddings.gte", "llama-index"),
     ("llama_index.retrievers.gte", "llama-index"),
+    ("llama_index.vector_stores.gte", "llama-index"),
 ):
     try:
         importlib.import_module(module)

@@ -12,9 +12,10 @@ REQUIRED = (
     "langchain_gte/py.typed",
     "llama_index/embeddings/gte/py.typed",
     "llama_index/retrievers/gte/py.typed",
+    "llama_index/vector_stores/gte/py.typed",
 )
 # An __init__.py in these would hide llama_index.core.
-FORBIDDEN = ("llama_index/__init__.py", "llama_index/embeddings/__init__.py", "llama_index/retrievers/__init__.py")
+FORBIDDEN = tuple(f"llama_index/{folder}__init__.py" for folder in ("", "embeddings/", "retrievers/", "vector_stores/"))
 MAX_MEGABYTES = 40
 
 

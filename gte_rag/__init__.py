@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gte_rag.chroma import HybridCollection, Record
+    from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
     from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
+    from gte_rag.records import Record
     from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
     from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
@@ -37,7 +38,8 @@ _HOMES = {
     "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError"),
     "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
     "encoder": ("GTEEncoder",),
-    "chroma": ("HybridCollection", "Record"),
+    "records": ("Record",),
+    "chroma": ("HybridCollection",),
     "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
 }
 

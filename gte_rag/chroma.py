@@ -1,25 +1,40 @@
 """A Chroma collection whose records carry text, dense vector and sparse vector together.
 
-Local Chroma has no sparse vectors, so each record keeps its own as one packed string under a reserved metadata key, with
-the model's fingerprint and a digest of the text and the weights. A value whose fingerprint or digest does not fit is stale
-(another program replaced the text) or damaged, and is computed anew instead of being trusted. The key never shows in what is
-returned.
+Local Chroma has no sparse vectors, so each record keeps its own, sealed, under a reserved metadata key (see
+`gte_rag.records`). A seal that does not fit the stored text is stale: the vector is computed anew instead of being trusted.
+The key never shows in what is returned.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import CollectionMismatchError, missing_extra
-from gte_rag.tokenization import check_texts
-from gte_rag.vectors import FloatArray, SparseVector, pack_sparse, unpack_sparse
+from gte_rag.fusion import Calibration
+from gte_rag.lexical import SparseIndex
+from gte_rag.lexical_view import LexicalView, LocalLog, Source
+from gte_rag.records import (
+    RESERVED_KEY,
+    Metadata,
+    MetadataValue,
+    Record,
+    check_ids,
+    check_records,
+    open_seal,
+    records_of,
+    seal,
+    some_ids,
+)
+from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse_rows
 
 try:
     from chromadb.api import ClientAPI
@@ -28,35 +43,22 @@ try:
 except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
-MetadataValue: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
-Metadata: TypeAlias = Mapping[str, MetadataValue]
-
-RESERVED_KEY = "gte_rag:sparse"
-_FORMAT = "1"
 _FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
+_CALIBRATION_KEY, _STAMP_KEY = "gte_rag:calibration", "gte_rag:stamp"
 # Records encoded and written together: an interrupted run keeps every group that was finished.
 _GROUP = 1024
 _PROGRESS_DELAY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Record:
-    """A stored text.
-
-    Attributes:
-        id: Its id.
-        text: The text.
-        metadata: The caller's metadata.
-    """
-
-    id: str
-    text: str
-    metadata: dict[str, MetadataValue] = field(default_factory=dict)
+# Texts of somebody else's collection that are encoded to see whether its vectors come from this model, and how close their
+# cosines must be: other precisions and dtypes stay above 0.99, other models far below.
+_ADOPTION_SAMPLE = 8
+_ADOPTION_COSINE = 0.98
+# The cosine of unit vectors is 1 - scale * distance.
+_DISTANCE_SCALE = {"cosine": 1.0, "l2": 0.5, "ip": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A record near a query vector.
+    """A record that a search considers.
 
     Attributes:
         record: The record.
@@ -69,11 +71,47 @@ class Candidate:
     sparse: SparseVector
 
 
+@dataclass(frozen=True, eq=False)
+class Candidates(Sequence[Candidate]):
+    """The records that the search for one query considers.
+
+    Attributes:
+        records: The records, n of them.
+        dense_scores: Cosines with the query, float32, shape (n,).
+        sparse: Sparse vectors, shape (n, vocabulary size).
+    """
+
+    records: list[Record]
+    dense_scores: FloatArray
+    sparse: SparseMatrix
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Candidate:  # type: ignore[override]  # single candidates, no slices
+        """Return one of them."""
+        return Candidate(self.records[index], float(self.dense_scores[index]), self.sparse[index])
+
+    def __add__(self, other: Candidates) -> Candidates:
+        """Return these and then the others."""
+        return Candidates(
+            self.records + other.records,
+            np.concatenate([self.dense_scores, other.dense_scores]),
+            SparseMatrix.stack([self.sparse, other.sparse], self.sparse.shape[1]),
+        )
+
+    def take(self, rows: Sequence[int]) -> Candidates:
+        """Return some of them, in the given order."""
+        chosen = np.array(rows, dtype=np.int64)
+        return Candidates([self.records[row] for row in rows], self.dense_scores[chosen], self.sparse.take(chosen))
+
+
 class HybridCollection:
     """Texts with dense and sparse vectors in one Chroma collection.
 
     Opens the collection of this name, or creates it with cosine distance. The collection remembers the model and the
-    dimension that made it.
+    dimension that made it. Safe to share between threads.
 
     Attributes:
         name: Name of the collection.
@@ -81,13 +119,26 @@ class HybridCollection:
         collection: The Chroma collection itself.
     """
 
-    def __init__(self, client: ClientAPI, name: str, *, encoder: GTEEncoder) -> None:
+    def __init__(
+        self,
+        client: ClientAPI,
+        name: str,
+        *,
+        encoder: GTEEncoder,
+        adopt: bool = False,
+        encoded_text: Callable[[str, Metadata], str] | None = None,
+    ) -> None:
         """Open or create a collection.
 
         Args:
             client: A Chroma client: ephemeral, persistent or HTTP.
             name: Name of the collection, as Chroma allows it (three characters at least).
             encoder: A model with a sparse head; its `dimension` is the collection's.
+            adopt: Open a collection that another program filled with dense vectors of this very model, such as
+                `langchain_chroma` or LlamaIndex. A sample of its texts is encoded and compared first. Nothing is written;
+                sparse vectors are computed when they are needed, or once and for all by `backfill`.
+            encoded_text: Gives what is encoded of a record from its text and its metadata, for programs that encode more
+                than the text, such as LlamaIndex; None encodes the text.
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
@@ -104,22 +155,36 @@ class HybridCollection:
             )
         self.name = name
         self.encoder = encoder
-        marks: dict[str, str | int] = {
+        self._encoded_text = encoded_text
+        self._marks: dict[str, str | int] = {
             _FINGERPRINT_KEY: encoder.fingerprint,
             _MODEL_KEY: encoder.name,
             _DIMENSION_KEY: encoder.dimension,
         }
+        self._client = client
         try:
             self.collection: Collection = client.get_collection(name, embedding_function=None)
         except NotFoundError:
             try:
                 self.collection = client.get_or_create_collection(
-                    name, embedding_function=None, metadata=marks, configuration={"hnsw": {"space": "cosine"}}
+                    name, embedding_function=None, metadata=self._marks, configuration={"hnsw": {"space": "cosine"}}
                 )
             except InvalidArgumentError as error:
                 raise ValueError(f"name is {name!r}; Chroma refuses it: {error}") from error
-        self._check_marks(marks)
         self._max_batch: int = client.get_max_batch_size()
+        self._space = self._check_marks(adopt)
+        settings = client.get_settings()
+        folder = (
+            Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+        )
+        identity = str(self.collection.id)
+        self._log = None if folder is None else LocalLog.open(folder, identity)
+        self._view = LexicalView.of(
+            identity,
+            encoder.vocab_size,
+            file=None if folder is None or self._log is None else folder / "gte_rag" / identity,
+            stamp=encoder.fingerprint,
+        )
 
     def __repr__(self) -> str:
         """Return name and encoder."""
@@ -138,12 +203,12 @@ class HybridCollection:
         Raises:
             ValueError: Some ids exist already; nothing is written then.
         """
-        ids, texts, metadatas = _check_records(ids, texts, metadatas)
-        for start in range(0, len(ids), self._max_batch):
-            existing = self.collection.get(ids[start : start + self._max_batch], include=[])["ids"]
+        ids, texts, metadatas = check_records(ids, texts, metadatas)
+        for part in self._parts(ids):
+            existing = self.collection.get(part, include=[])["ids"]
             if existing:
-                raise ValueError(f"{_some(existing)} exist already; use upsert to replace them. Nothing was added")
-        self._write(ids, texts, metadatas, show_progress, replace=False)
+                raise ValueError(f"{some_ids(existing)} exist already; use upsert to replace them. Nothing was added")
+        self._write(ids, texts, metadatas, show_progress)
 
     def upsert(
         self,
@@ -169,8 +234,8 @@ class HybridCollection:
             TypeError: An argument has the wrong type.
             ValueError: Lengths differ, ids repeat, or a text or metadata value cannot be stored.
         """
-        ids, texts, metadatas = _check_records(ids, texts, metadatas)
-        self._write(ids, texts, metadatas, show_progress, replace=True)
+        ids, texts, metadatas = check_records(ids, texts, metadatas)
+        self._write(ids, texts, metadatas, show_progress)
 
     def get(
         self,
@@ -194,20 +259,18 @@ class HybridCollection:
             TypeError: `ids` is not a list of strings, or `limit` or `offset` is not a whole number.
             ValueError: An id is asked for twice, `limit` or `offset` is negative, or Chroma refuses the filter.
         """
-        for name, number in (("limit", limit), ("offset", offset)):
+        for option, number in (("limit", limit), ("offset", offset)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-                raise TypeError(f"{name} is {number!r}; give a whole number or None")
+                raise TypeError(f"{option} is {number!r}; give a whole number or None")
             if number is not None and number < 0:
-                raise ValueError(f"{name} is {number}; it must be 0 or more, or None")
+                raise ValueError(f"{option} is {number}; it must be 0 or more, or None")
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
-            found = self.collection.get(limit=limit, offset=offset, **filters)
-            return _records(found)
-        checked = _check_ids(ids)
+            return records_of(self.collection.get(limit=limit, offset=offset, **filters))
+        checked = check_ids(ids)
         records: dict[str, Record] = {}
-        for start in range(0, len(checked), self._max_batch):
-            found = self.collection.get(checked[start : start + self._max_batch], **filters)
-            records |= {record.id: record for record in _records(found)}
+        for part in self._parts(checked):
+            records |= {record.id: record for record in records_of(self.collection.get(part, **filters))}
         first = offset or 0
         ordered = [records[record_id] for record_id in checked if record_id in records]
         return ordered[first : None if limit is None else first + limit]
@@ -227,12 +290,18 @@ class HybridCollection:
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
             if where is None and where_document is None:
-                raise ValueError("delete needs ids or a filter; client.delete_collection(name) deletes everything")
-            self.collection.delete(**filters)
+                raise ValueError("delete needs ids or a filter; delete(collection.matching_ids()) deletes everything")
+            with self._view.writing:
+                self.collection.delete(**filters)
+                self._stamp()
             return
-        checked = _check_ids(ids)
-        for start in range(0, len(checked), self._max_batch):
-            self.collection.delete(checked[start : start + self._max_batch], **filters)
+        for part in self._parts(check_ids(ids)):
+            with self._view.writing:
+                before = self._token()
+                self.collection.delete(part, **filters)
+                self._stamp()
+                if self._log is None and where is None and where_document is None:
+                    self._view.wrote(before, self._token(), part, None)
 
     def count(self) -> int:
         """Return the number of records."""
@@ -242,222 +311,305 @@ class HybridCollection:
         """Return the number of records."""
         return self.count()
 
+    def backfill(self, *, show_progress: bool = False) -> int:
+        """Store the sparse vectors of all records that lack a fitting one, as after `adopt` or foreign writes.
+
+        Texts, dense vectors and other metadata stay as they are.
+
+        Args:
+            show_progress: Show a progress bar on stderr once the work has taken two seconds.
+
+        Returns:
+            How many records got a sparse vector.
+        """
+        written = 0
+        with tqdm(total=self.count(), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
+            for found in self._pages(["documents", "metadatas"]):
+                texts, metadatas = _texts(found), _metadatas(found)
+                fingerprint = self.encoder.fingerprint
+                stale = [
+                    index
+                    for index, (text, metadata) in enumerate(zip(texts, metadatas, strict=True))
+                    if open_seal(metadata.get(RESERVED_KEY), text, fingerprint) is None
+                ]
+                if stale:
+                    vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
+                    values = [
+                        {RESERVED_KEY: seal(vector, texts[index], fingerprint)}
+                        for index, vector in zip(stale, vectors, strict=True)
+                    ]
+                    with self._view.writing:
+                        self.collection.update(
+                            ids=[found["ids"][index] for index in stale], metadatas=cast(Any, values)
+                        )
+                    written += len(stale)
+                progress.update(len(texts))
+        if _FINGERPRINT_KEY not in (self._metadata() or {}) and self._space == "cosine":
+            self._remember(self._marks)
+        return written
+
     def nearest(
         self,
-        vector: FloatArray,
+        vectors: FloatArray,
         n: int,
         *,
         where: Mapping[str, Any] | None = None,
         where_document: Mapping[str, Any] | None = None,
-    ) -> list[Candidate]:
-        """Return the `n` records whose dense vectors are nearest, each with its sparse vector.
+    ) -> list[Candidates]:
+        """Return for each query vector the `n` records whose dense vectors are nearest.
 
         Args:
-            vector: A unit vector, float32, shape (dimension,).
+            vectors: Unit vectors, float32, shape (queries, dimension).
             n: How many records to return at most.
             where: Chroma's filter on metadata.
             where_document: Chroma's filter on texts.
 
         Returns:
-            Candidates, nearest first.
+            For each query its candidates, nearest first.
         """
         found = self.collection.query(
-            query_embeddings=vector[None],
+            query_embeddings=vectors,
             n_results=n,
             where=cast(Any, where),
             where_document=cast(Any, where_document),
             include=["metadatas", "documents", "distances"],
         )
-        texts = [text or "" for text in (found["documents"] or [[]])[0]]
-        metadatas = [dict(metadata or {}) for metadata in (found["metadatas"] or [[]])[0]]
-        distances = (found["distances"] or [[]])[0]
-        packed = [metadata.pop(RESERVED_KEY, None) for metadata in metadatas]
-        sparse = self._fresh_sparse(texts, packed)
+        scale = _DISTANCE_SCALE[self._space]
         return [
-            # rounding takes Chroma's distance a little below 0
-            Candidate(Record(record_id, text, cast(Any, metadata)), min(1.0, max(-1.0, 1.0 - distance)), vector_)
-            for record_id, text, metadata, distance, vector_ in zip(
-                found["ids"][0], texts, metadatas, distances, sparse, strict=True
+            self._candidates(
+                {"ids": ids, "documents": documents, "metadatas": metadatas},
+                1 - scale * np.array(distances, dtype=np.float32),
+            )
+            for ids, documents, metadatas, distances in zip(
+                found["ids"],
+                cast(Any, found["documents"]),
+                cast(Any, found["metadatas"]),
+                cast(Any, found["distances"]),
+                strict=True,
             )
         ]
 
-    def _check_marks(self, marks: Mapping[str, str | int]) -> None:
-        """Refuse a collection of another model, dimension or distance; mark an empty one made elsewhere as ours."""
-        collection, stored = self.collection, dict(self.collection.metadata or {})
-        space = (collection.configuration_json.get("hnsw") or collection.configuration_json.get("spann") or {}).get(
-            "space"
-        )
-        if space != "cosine":
+    def candidates(self, ids: Sequence[str], vector: FloatArray) -> Candidates:
+        """Return the records of these ids that exist, scored against one query vector, in the order of `ids`."""
+        found_all = Candidates([], np.empty(0, dtype=np.float32), SparseMatrix.stack([], self.encoder.vocab_size))
+        for part in self._parts(list(ids)):
+            found = self.collection.get(part, include=["documents", "metadatas", "embeddings"])
+            if not found["ids"]:
+                continue
+            stored = np.asarray(found["embeddings"], dtype=np.float32)
+            cosines = stored @ vector / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
+            found_all += self._candidates(cast(Any, found), cosines)
+        row_of = {record.id: row for row, record in enumerate(found_all.records)}
+        return found_all.take([row_of[record_id] for record_id in ids if record_id in row_of])
+
+    def lexical_index(self) -> SparseIndex:
+        """Return the exact index over all sparse vectors, brought up to date; see `gte_rag.lexical_view`."""
+        return self._view.fresh(Source(self._fetch_sparse, self._token, self._log))
+
+    def refresh(self) -> None:
+        """Build the lexical index anew at the next search.
+
+        Needed only after another program has replaced texts, without changing their number, in an in-memory collection or
+        behind a server; everything else is noticed.
+        """
+        self._view.invalidate()
+
+    def matching_ids(
+        self, where: Mapping[str, Any] | None = None, where_document: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """Return the ids of all records that pass the filters."""
+        found = self.collection.get(where=cast(Any, where), where_document=cast(Any, where_document), include=[])
+        return found["ids"]
+
+    def sample(self, n: int) -> list[Record]:
+        """Return up to `n` records, evenly spaced over the collection."""
+        ids = self.matching_ids()
+        return self.get(ids if len(ids) <= n else [ids[index * len(ids) // n] for index in range(n)])
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The scales of the scores that `HybridRetriever.calibrate` measured, or None; stored with the collection."""
+        stored = (self._metadata() or {}).get(_CALIBRATION_KEY)
+        return Calibration.from_json(stored) if isinstance(stored, str) else None
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        self._remember({_CALIBRATION_KEY: calibration.to_json()})
+
+    def _metadata(self) -> dict[str, Any]:
+        """Return the collection's metadata as it is now; another process may have changed it."""
+        return dict(self._client.get_collection(self.name, embedding_function=None).metadata or {})
+
+    def _remember(self, values: Mapping[str, str | int]) -> None:
+        kept = {key: value for key, value in self._metadata().items() if not key.startswith("hnsw:")}
+        self.collection.modify(metadata={**kept, **values})
+
+    def _check_marks(self, adopt: bool) -> str:
+        """Refuse a collection of another model, dimension or distance; return its distance."""
+        collection, stored, marks = self.collection, dict(self.collection.metadata or {}), self._marks
+        raw = collection.configuration_json
+        space = str((raw.get("hnsw") or raw.get("spann") or {}).get("space"))
+        if _FINGERPRINT_KEY in stored:
+            if stored[_FINGERPRINT_KEY] != marks[_FINGERPRINT_KEY]:
+                raise CollectionMismatchError(
+                    f"collection {self.name!r} was made by the model {stored.get(_MODEL_KEY)!r} (fingerprint "
+                    f"{stored[_FINGERPRINT_KEY]}); this encoder is {marks[_MODEL_KEY]!r} (fingerprint "
+                    f"{marks[_FINGERPRINT_KEY]}). Open it with the model that made it, or index into another collection"
+                )
+            if stored[_DIMENSION_KEY] != marks[_DIMENSION_KEY]:
+                raise CollectionMismatchError(
+                    f"collection {self.name!r} holds vectors of dimension {stored[_DIMENSION_KEY]}; this encoder gives "
+                    f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored[_DIMENSION_KEY]}, or use another collection"
+                )
+        if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(
                 f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
                 'collection, or create this one with configuration={"hnsw": {"space": "cosine"}}'
             )
         if _FINGERPRINT_KEY not in stored:
-            if collection.count():
+            if not collection.count():
+                self._remember(marks)
+            elif adopt:
+                self._check_sample(space)
+            else:
                 raise CollectionMismatchError(
                     f"collection {self.name!r} was not made by gte-rag, so nobody can tell which model its vectors come "
-                    "from; index its texts into a new collection"
+                    "from. If it was this one, open it with adopt=True; otherwise index its texts into a new collection"
                 )
-            collection.modify(metadata={**{k: v for k, v in stored.items() if not k.startswith("hnsw:")}, **marks})
-            return
-        if stored[_FINGERPRINT_KEY] != marks[_FINGERPRINT_KEY]:
+        return space
+
+    def _check_sample(self, space: str) -> None:
+        """Encode some of a foreign collection's texts and refuse it if its vectors are not this model's."""
+        found = self.collection.get(limit=_ADOPTION_SAMPLE, include=["documents", "metadatas", "embeddings"])
+        stored = np.asarray(found["embeddings"], dtype=np.float32)
+        texts = _texts(cast(Any, found))
+        if stored.shape[1] != self.encoder.dimension:
             raise CollectionMismatchError(
-                f"collection {self.name!r} was made by the model {stored.get(_MODEL_KEY)!r} (fingerprint "
-                f"{stored[_FINGERPRINT_KEY]}); this encoder is {marks[_MODEL_KEY]!r} (fingerprint {marks[_FINGERPRINT_KEY]}). "
-                "Open it with the model that made it, or index into another collection"
+                f"collection {self.name!r} holds vectors of dimension {stored.shape[1]}; this encoder gives "
+                f"{self.encoder.dimension}. Load the encoder with dimension={stored.shape[1]} if it can give that"
             )
-        if stored[_DIMENSION_KEY] != marks[_DIMENSION_KEY]:
+        if not any(texts):
             raise CollectionMismatchError(
-                f"collection {self.name!r} holds vectors of dimension {stored[_DIMENSION_KEY]}; this encoder gives "
-                f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored[_DIMENSION_KEY]}, or use another collection"
+                f"collection {self.name!r} stores no texts, so sparse vectors cannot be computed"
+            )
+        norms = np.linalg.norm(stored, axis=1)
+        if space != "cosine" and not np.allclose(norms, 1, atol=1e-3):
+            raise CollectionMismatchError(
+                f"collection {self.name!r} uses the distance {space!r} with vectors that are not of unit length, which is no "
+                "cosine; index its texts into a new collection"
+            )
+        dense = self.encoder.encode_documents(self._as_encoded(texts, _metadatas(cast(Any, found))), sparse=False).dense
+        assert dense is not None
+        cosine = float(np.median(np.einsum("nd,nd->n", stored, dense) / np.maximum(norms, 1e-12)))
+        if cosine < _ADOPTION_COSINE:
+            raise CollectionMismatchError(
+                f"collection {self.name!r} was filled by another model than {self.encoder.name!r}: the median cosine between "
+                f"its vectors and this model's is {cosine:.3f}. Open it with the model that filled it"
             )
 
+    def _parts(self, ids: list[str]) -> Iterator[list[str]]:
+        return (ids[start : start + self._max_batch] for start in range(0, len(ids), self._max_batch))
+
     def _write(
-        self,
-        ids: list[str],
-        texts: list[str],
-        metadatas: list[dict[str, MetadataValue]],
-        show_progress: bool,
-        *,
-        replace: bool,
+        self, ids: list[str], texts: list[str], metadatas: list[dict[str, MetadataValue]], show_progress: bool
     ) -> None:
         size = min(_GROUP, self._max_batch)
+        fingerprint = self.encoder.fingerprint
         with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
             for start in range(0, len(ids), size):
                 part = slice(start, start + size)
-                encoding = self.encoder.encode_documents(texts[part])
+                encoding = self.encoder.encode_documents(self._as_encoded(texts[part], metadatas[part]))
                 assert encoding.dense is not None
                 assert encoding.sparse is not None
                 stored: list[dict[str, Any]] = [
-                    {**metadata, RESERVED_KEY: self._seal(text, vector)}
+                    {**metadata, RESERVED_KEY: seal(vector, text, fingerprint)}
                     for text, metadata, vector in zip(texts[part], metadatas[part], encoding.sparse, strict=True)
                 ]
-                if replace:  # Chroma merges metadata into what is there; a key set to None is removed
-                    old = self.collection.get(ids[part], include=["metadatas"])
-                    place = {record_id: index for index, record_id in enumerate(ids[part])}
-                    for record_id, metadata in zip(old["ids"], old["metadatas"] or [], strict=True):
-                        new = stored[place[record_id]]
-                        new.update({key: None for key in metadata or {} if key not in new})
-                self.collection.upsert(
-                    ids=ids[part],
-                    documents=texts[part],
-                    embeddings=encoding.dense,
-                    metadatas=cast(Any, stored),
-                )
+                with self._view.writing:
+                    before = self._token()
+                    self._drop_old_keys(ids[part], stored)
+                    self.collection.upsert(
+                        ids=ids[part], documents=texts[part], embeddings=encoding.dense, metadatas=cast(Any, stored)
+                    )
+                    self._stamp()
+                    if self._log is None:
+                        self._view.wrote(before, self._token(), ids[part], partial(_as_stored, encoding.sparse))
                 progress.update(len(stored))
 
-    def _seal(self, text: str, vector: SparseVector) -> str:
-        """Return the stored form of a sparse vector: format, model, digest of text and weights, packed weights."""
-        packed = pack_sparse(vector)
-        return ":".join((_FORMAT, self.encoder.fingerprint, _digest(text, packed), packed))
+    def _drop_old_keys(self, ids: list[str], metadatas: list[dict[str, Any]]) -> None:
+        """Mark for removal what existing records have and the new metadata lacks: Chroma's upsert merges."""
+        old = self.collection.get(ids, include=["metadatas"])
+        place = {record_id: index for index, record_id in enumerate(ids)}
+        for record_id, metadata in zip(old["ids"], old["metadatas"] or [], strict=True):
+            new = metadatas[place[record_id]]
+            new.update({key: None for key in metadata or {} if key not in new})
 
-    def _fresh_sparse(self, texts: Sequence[str], packed: Sequence[object]) -> list[SparseVector]:
+    def _token(self) -> object:
+        """Return what tells a changed collection where there is no local log."""
+        if self._log is not None:
+            return None
+        return self.collection.count(), self._metadata().get(_STAMP_KEY)
+
+    def _stamp(self) -> None:
+        """Let gte-rag in other processes know of a write; with a local log they see it anyway."""
+        if self._log is None and _FINGERPRINT_KEY in self._metadata():
+            self._remember({_STAMP_KEY: uuid.uuid4().hex})
+
+    def _pages(self, include: list[str]) -> Iterator[dict[str, Any]]:
+        """Read all records in pages; records written meanwhile may or may not be among them."""
+        ids = self.matching_ids()
+        for part in self._parts(ids):
+            found = self.collection.get(part, include=cast(Any, include))
+            if found["ids"]:
+                yield cast(dict[str, Any], found)
+
+    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], SparseMatrix]]:
+        include: Any = ["documents", "metadatas"]
+        pages = (
+            self._pages(include)
+            if ids is None
+            else (cast(dict[str, Any], self.collection.get(part, include=include)) for part in self._parts(list(ids)))
+        )
+        for found in pages:
+            yield found["ids"], self._fresh_sparse(found)
+
+    def _candidates(self, found: Mapping[str, Any], cosines: FloatArray) -> Candidates:
+        # Rounding takes Chroma's distance a little below 0.
+        return Candidates(records_of(found), np.clip(cosines, -1, 1).astype(np.float32), self._fresh_sparse(found))
+
+    def _fresh_sparse(self, found: Mapping[str, Any]) -> SparseMatrix:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
-        prefix = f"{_FORMAT}:{self.encoder.fingerprint}:"
-        vectors: list[SparseVector | None] = []
-        for text, value in zip(texts, packed, strict=True):
-            vector = None
-            if isinstance(value, str) and value.startswith(prefix):
-                digest, _, weights = value[len(prefix) :].partition(":")
-                # The weights count too: cut short, they may still unpack, to wrong weights.
-                if digest == _digest(text, weights):
-                    vector = unpack_sparse(weights)
-            vectors.append(vector)
-        stale = [index for index, vector in enumerate(vectors) if vector is None]
-        if stale:
-            computed = self.encoder.encode_documents([texts[index] for index in stale], dense=False).sparse
-            assert computed is not None
-            for index, vector in zip(stale, computed, strict=True):
-                vectors[index] = vector
-        return cast("list[SparseVector]", vectors)
+        texts, metadatas, fingerprint = _texts(found), _metadatas(found), self.encoder.fingerprint
+        packed = [
+            open_seal(metadata.get(RESERVED_KEY), text, fingerprint)
+            for text, metadata in zip(texts, metadatas, strict=True)
+        ]
+        stored = unpack_sparse_rows([value or "" for value in packed], self.encoder.vocab_size)
+        stale = [row for row, value in enumerate(packed) if value is None]
+        if not stale:
+            return stored
+        rows = np.arange(len(texts))
+        rows[stale] = len(texts) + np.arange(len(stale))
+        computed = self._sparse_of([texts[row] for row in stale], [metadatas[row] for row in stale])
+        return SparseMatrix.stack([stored, computed], self.encoder.vocab_size).take(rows)
+
+    def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> SparseMatrix:
+        computed = self.encoder.encode_documents(self._as_encoded(texts, metadatas), dense=False).sparse
+        assert computed is not None
+        return computed
+
+    def _as_encoded(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[str]:
+        return texts if self._encoded_text is None else list(map(self._encoded_text, texts, metadatas))
 
 
-def _digest(text: str, packed: str) -> str:
-    return hashlib.blake2b(f"{text}\0{packed}".encode(), digest_size=8).hexdigest()
+def _texts(found: Mapping[str, Any]) -> list[str]:
+    return [text or "" for text in found["documents"]]
 
 
-def _records(found: Mapping[str, Any]) -> list[Record]:
-    """Return what Chroma's `get` found, without the reserved key."""
-    return [
-        Record(record_id, text or "", {key: value for key, value in (metadata or {}).items() if key != RESERVED_KEY})
-        for record_id, text, metadata in zip(found["ids"], found["documents"], found["metadatas"], strict=True)
-    ]
+def _metadatas(found: Mapping[str, Any]) -> list[Metadata]:
+    return [metadata or {} for metadata in found["metadatas"]]
 
 
-def _check_ids(ids: Sequence[str]) -> list[str]:
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise TypeError(f"ids is {type(ids).__name__}; give a list of strings")
-    checked = list(ids)
-    for position, record_id in enumerate(checked):
-        if not isinstance(record_id, str):
-            raise TypeError(f"ids[{position}] is {type(record_id).__name__}; every id must be a string")
-        if not record_id:
-            raise ValueError(f"ids[{position}] is empty; an id has at least one character")
-        _check_unicode(record_id, f"ids[{position}]")
-    if len(set(checked)) != len(checked):
-        seen: set[str] = set()
-        repeated = [record_id for record_id in checked if record_id in seen or seen.add(record_id)]  # type: ignore[func-returns-value]
-        raise ValueError(f"{_some(repeated)} given more than once; every id must be unique")
-    return checked
-
-
-def _check_records(
-    ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Metadata | None] | None
-) -> tuple[list[str], list[str], list[dict[str, MetadataValue]]]:
-    """Check everything that Chroma would refuse, change or lose, before anything is encoded or written."""
-    ids, texts = _check_ids(ids), check_texts(texts)
-    if metadatas is not None and (isinstance(metadatas, (str, bytes)) or not isinstance(metadatas, Sequence)):
-        raise TypeError(f"metadatas is {type(metadatas).__name__}; give a list with one mapping or None for each text")
-    if len(ids) != len(texts) or (metadatas is not None and len(metadatas) != len(texts)):
-        given = "" if metadatas is None else f" and {len(metadatas)} metadatas"
-        raise ValueError(f"{len(ids)} ids, {len(texts)} texts{given}; give one of each per text")
-    checked = [
-        dict(_check_metadata(metadata, f"metadatas[{position}]"))
-        for position, metadata in enumerate(metadatas if metadatas is not None else [None] * len(texts))
-    ]
-    return ids, texts, checked
-
-
-def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str, MetadataValue]]:
-    if metadata is None:
-        return
-    if not isinstance(metadata, Mapping):
-        raise TypeError(f"{where} is {type(metadata).__name__}; give a mapping or None")
-    for key, value in metadata.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{where} has the key {key!r}; keys must be strings")
-        if not key or key[0] in "#$" or key == RESERVED_KEY or key.startswith("chroma:"):
-            raise ValueError(
-                f"{where} has the key {key!r}; keys must not be empty, start with '#', '$' or 'chroma:', or be {RESERVED_KEY!r}"
-            )
-        if value is None:
-            continue
-        _check_unicode(key, f"a key of {where}")
-        values = value if isinstance(value, list) else [value]
-        kinds = {type(item) for item in values}
-        if len(kinds) != 1 or not kinds <= {str, int, float, bool}:
-            raise ValueError(
-                f"{where}[{key!r}] is {value!r:.80}; Chroma stores str, int, float, bool and non-empty lists of one of these"
-            )
-        for item in values:
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{where}[{key!r}] is {item}; Chroma would silently drop a number that is not finite")
-            if isinstance(item, int) and not -(2**63) <= item < 2**63:
-                raise ValueError(f"{where}[{key!r}] is {item}; Chroma stores whole numbers of 64 bits")
-            if isinstance(item, str):
-                _check_unicode(item, f"{where}[{key!r}]")
-        yield key, value
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} has a lone surrogate {text[error.start]!r} at character {error.start}, which is no valid Unicode"
-        ) from None
-
-
-def _some(ids: Sequence[str]) -> str:
-    shown = ", ".join(repr(record_id) for record_id in ids[:3])
-    return f"ids {shown}" + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
+    """Round the weights as packing does, so that an index fed directly equals one read back."""
+    return unpack_sparse_rows([pack_sparse(vector) for vector in vectors], vectors.shape[1])

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from gte_rag.chroma import HybridCollection, MetadataValue
+from gte_rag.chroma import HybridCollection
 from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import missing_extra
+from gte_rag.records import MetadataValue
 
 try:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter

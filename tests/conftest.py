@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -36,8 +42,44 @@ def chroma_client() -> Iterator[ClientAPI]:
     admin.create_database(database)
     client = chromadb.EphemeralClient(settings=settings, database=database)
     yield client
-    for collection in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
+    for (
+        collection
+    ) in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
         ids = collection.get(include=[])["ids"]
         if ids:
             collection.delete(ids)
     admin.delete_database(database)
+
+
+@pytest.fixture(scope="session")
+def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """A Chroma server on loopback: host and port."""
+    beside = shutil.which("chroma", path=str(Path(sys.executable).parent))
+    executable = beside or shutil.which("chroma")
+    assert executable is not None, "chromadb is installed, but its command 'chroma' was not found"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "server.log"  # a file: the server stops answering once nobody empties a pipe
+    command = [executable, "run", "--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < deadline, log.read_text(errors="replace")
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield "127.0.0.1", port
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +19,9 @@ pytest.importorskip("chromadb")
 import chromadb
 from chromadb.config import Settings
 
-from gte_rag.chroma import RESERVED_KEY, HybridCollection, MetadataValue, Record
+from gte_rag.chroma import HybridCollection
 from gte_rag.errors import CollectionMismatchError
+from gte_rag.records import RESERVED_KEY, MetadataValue, Record
 from gte_rag.retriever import Hit, HybridRetriever
 from stub_encoder import WORD_WEIGHT, StubEncoder, open_collection
 
@@ -624,43 +622,9 @@ assert stub.document_calls == []
     assert done.stdout.strip() == repr(hits)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """A Chroma server of this module's own: host and port."""
-    beside = shutil.which("chroma", path=str(Path(sys.executable).parent))
-    executable = beside or shutil.which("chroma")
-    assert executable is not None, "chromadb is installed, but its command 'chroma' was not found"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    log = folder / "server.log"  # a file: the server stops answering once nobody empties a pipe
-    command = [executable, "run", "--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, log.read_text(errors="replace")
-            assert time.monotonic() < deadline, log.read_text(errors="replace")
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.1)
-        yield "127.0.0.1", port
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture
-def http_client(server: tuple[str, int]) -> Iterator[ClientAPI]:
-    host, port = server
+def http_client(chroma_server: tuple[str, int]) -> Iterator[ClientAPI]:
+    host, port = chroma_server
     with opened(chromadb.HttpClient(host, port, settings=Settings(anonymized_telemetry=False))) as client:
         assert client.heartbeat() > 0
         yield client

@@ -21,8 +21,15 @@ LAYERS = (
     "heads",
     "checkpoint",
     "encoder",
+    "shared",
     "fusion",
+    "tuning",
+    "lexical",
+    "lexical_view",
+    "records",
     "chroma",
+    "neighbours",
+    "embedding_functions",
     "retriever",
     "indexing",
     "demo",
@@ -31,7 +38,7 @@ LAYERS = (
 )
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
-    "chromadb": {"chroma", "indexing", "demo", "cli"},
+    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
@@ -83,11 +90,28 @@ def test_no_pickle_and_no_remote_code() -> None:
 
 
 def test_namespace_packages_have_no_init() -> None:
-    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers"):
+    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers", "llama_index/vector_stores"):
         assert not (ROOT / "integrations" / folder / "__init__.py").exists()
 
 
 def test_every_import_package_is_typed() -> None:
-    packages = ("gte_rag", "integrations/langchain_gte", "integrations/llama_index/embeddings/gte")
-    for package in (*packages, "integrations/llama_index/retrievers/gte"):
+    adapters = ("embeddings", "retrievers", "vector_stores")
+    packages = ("gte_rag", "integrations/langchain_gte", *(f"integrations/llama_index/{name}/gte" for name in adapters))
+    for package in packages:
         assert (ROOT / package / "py.typed").is_file(), package
+
+
+@pytest.mark.parametrize(
+    ("module", "framework", "extra"),
+    [
+        ("langchain_gte", "langchain_core", "langchain"),
+        ("llama_index.embeddings.gte", "llama_index.core", "llama-index"),
+        ("llama_index.retrievers.gte", "llama_index.core", "llama-index"),
+        ("llama_index.vector_stores.gte", "llama_index.core", "llama-index"),
+    ],
+)
+def test_a_missing_framework_is_named_with_its_extra(module: str, framework: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{framework!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.splitlines()[-1].startswith("gte_rag.errors.MissingExtraError")
+    assert f"pip install 'gte-rag[{extra}]'" in result.stderr

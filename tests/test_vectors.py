@@ -252,12 +252,13 @@ def test_weights_out_of_the_range_of_float16_are_clipped_or_left_out() -> None:
     assert unpack_sparse(pack_sparse(vector((1, 1e30), (2, 1e-9), (3, 1.0)))).to_dict() == {1: 65504.0, 3: 1.0}
 
 
-def test_a_packed_token_takes_eight_characters() -> None:
-    assert len(pack_sparse(SparseVector.from_dict(dict.fromkeys(range(300), 0.5)))) == 8 * 300
+def test_a_packed_token_takes_four_bytes_and_a_long_step_four_more() -> None:
+    assert len(pack_sparse(SparseVector.from_dict(dict.fromkeys(range(300), 0.5)))) == 4 * 300 * 4 / 3
+    assert len(pack_sparse(vector((65_535, 1.0), (131_070, 1.0), (131_071, 1.0)))) == 4 * (2 + 2 + 1) * 4 / 3 + 4 / 3
 
 
-def raw(token_ids: list[int], token_weights: list[float]) -> str:
-    data = np.array(token_ids, dtype="<u4").tobytes() + np.array(token_weights, dtype="<f2").tobytes()
+def raw(steps: list[int], token_weights: list[float]) -> str:
+    data = np.array(steps, dtype="<u2").tobytes() + np.array(token_weights, dtype="<f2").tobytes()
     return base64.b64encode(data).decode()
 
 
@@ -269,12 +270,11 @@ def raw(token_ids: list[int], token_weights: list[float]) -> str:
         ("AAA", "not a packed sparse vector"),
         (raw([1], [1]) + "!", "not a packed sparse vector"),
         ("\n" + raw([1], [1]), "not a packed sparse vector"),
-        ("AAAA", "3 bytes, which is no multiple of 6"),
-        (raw([2**31], [1]), "token id out of range"),
-        (raw([2, 1], [1, 1]), "strictly ascending"),
+        ("AAAA", "3 bytes, which is no multiple of 4"),
+        (raw([65535] * 40_000, [1] * 40_000), "outside a vocabulary"),
+        (raw([2, 0], [1, 1]), "strictly ascending"),
         (raw([1], [float("nan")]), "finite"),
         (raw([1], [float("inf")]), "finite"),
-        (raw([1], [0]), "greater than 0"),
         (raw([1], [-1]), "greater than 0"),
     ],
 )

@@ -1,6 +1,14 @@
-"""GTE embeddings and hybrid retrieval for LangChain."""
+"""GTE embeddings, a vector store with hybrid search, and hybrid retrieval for LangChain."""
 
-from langchain_gte.embeddings import GTEEmbeddings
-from langchain_gte.retrievers import GTEHybridRetriever
+from gte_rag.errors import missing_extra
 
-__all__ = ["GTEEmbeddings", "GTEHybridRetriever"]
+try:
+    from langchain_gte.embeddings import GTEEmbeddings
+    from langchain_gte.retrievers import GTEHybridRetriever
+    from langchain_gte.vectorstores import GTEChroma
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "langchain_core":
+        raise
+    raise missing_extra("langchain-core", "langchain") from error
+
+__all__ = ["GTEChroma", "GTEEmbeddings", "GTEHybridRetriever"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
@@ -13,9 +13,15 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from gte_rag.chroma import HybridCollection
+from gte_rag.encoder import GTEEncoder
 from gte_rag.retriever import Hit, HybridRetriever
+from langchain_gte.embeddings import GTEEmbeddings
 
-_SCORE_KEYS = ("gte_score", "gte_dense_score", "gte_sparse_score")
+if TYPE_CHECKING:
+    from langchain_chroma import Chroma
+
+# Metadata keys of retrieved documents; stores leave them out, so that what was retrieved can be stored again.
+SCORE_KEYS = ("gte_score", "gte_dense_score", "gte_sparse_score")
 
 
 class GTEHybridRetriever(BaseRetriever):
@@ -36,8 +42,9 @@ class GTEHybridRetriever(BaseRetriever):
         candidates: How many documents the first stage gives to the second.
         mode: How candidates are found; see `gte_rag.retriever.HybridRetriever`.
         fusion: How the two scores become one; see there.
+        fusion_options: Further options of the fusion; see there.
         dense_weight: Weight of the dense score.
-        sparse_weight: Weight of the sparse score.
+        sparse_weight: Weight of the sparse score; None is the fusion's own.
         where: Chroma filter on metadata.
         where_document: Chroma filter on the text.
     """
@@ -50,8 +57,9 @@ class GTEHybridRetriever(BaseRetriever):
     candidates: int = Field(default=100, frozen=True)
     mode: str = Field(default="rescore", frozen=True)
     fusion: str = Field(default="weighted", frozen=True)
+    fusion_options: dict[str, float] | None = Field(default=None, frozen=True)
     dense_weight: float = Field(default=1.0, frozen=True)
-    sparse_weight: float = Field(default=0.3, frozen=True)
+    sparse_weight: float | None = Field(default=None, frozen=True)
     where: dict[str, Any] | None = None
     where_document: dict[str, Any] | None = None
 
@@ -65,6 +73,7 @@ class GTEHybridRetriever(BaseRetriever):
             candidates=self.candidates,
             mode=self.mode,
             fusion=self.fusion,
+            fusion_options=self.fusion_options,
             dense_weight=self.dense_weight,
             sparse_weight=self.sparse_weight,
         )
@@ -91,6 +100,51 @@ class GTEHybridRetriever(BaseRetriever):
         retriever.add_documents(documents)
         return retriever
 
+    @classmethod
+    def from_chroma(
+        cls,
+        store: Chroma,
+        *,
+        encoder: GTEEncoder | None = None,
+        backfill: bool = False,
+        **options: Any,  # noqa: ANN401
+    ) -> GTEHybridRetriever:
+        """Return a retriever over an existing `langchain_chroma.Chroma`, whoever filled it with this model's dense vectors.
+
+        Some of its texts are encoded and compared with its vectors first. Nothing is written, unless `backfill` is set:
+        sparse vectors are computed for the candidates of each search, which costs the encoding of up to `candidates` texts.
+
+        Args:
+            store: The vector store; any distance that gives the order of the cosine will do, the default one included.
+            encoder: The model that made the vectors; None takes that of the store's embeddings, a `GTEEmbeddings`.
+            backfill: Store the sparse vectors once and for all, in one more metadata key of each record. Documents, dense
+                vectors and other metadata stay as they are.
+            **options: The other fields of the class.
+
+        Returns:
+            The retriever; documents that are added to the store later are found as well.
+
+        Raises:
+            CollectionMismatchError: The vectors come from another model, or have another dimension.
+            TypeError: `store` is no `langchain_chroma.Chroma`, or has other embeddings and no encoder is given.
+        """
+        # The store gives no public way to its client.
+        client, collection = getattr(store, "_client", None), getattr(store, "_collection", None)
+        if client is None or collection is None:
+            raise TypeError(f"store is {type(store).__name__}; give a langchain_chroma.Chroma")
+        if encoder is None:
+            embeddings = store.embeddings
+            if not isinstance(embeddings, GTEEmbeddings):
+                raise TypeError(
+                    f"the store's embeddings are {type(embeddings).__name__}, which give no sparse vectors; pass the "
+                    "GTEEncoder of the same model as encoder=..."
+                )
+            encoder = embeddings.encoder
+        adopted = HybridCollection(client, collection.name, encoder=encoder, adopt=True)
+        if backfill:
+            adopted.backfill()
+        return cls(collection=adopted, **options)
+
     def add_documents(self, documents: Sequence[Document]) -> list[str]:
         """Embed documents and put them into the collection.
 
@@ -106,7 +160,7 @@ class GTEHybridRetriever(BaseRetriever):
         """
         ids = [document.id or str(uuid.uuid4()) for document in documents]
         metadatas = [
-            {key: value for key, value in document.metadata.items() if key not in _SCORE_KEYS} for document in documents
+            {key: value for key, value in document.metadata.items() if key not in SCORE_KEYS} for document in documents
         ]
         self.collection.upsert(ids, [document.page_content for document in documents], metadatas=metadatas)
         return ids
@@ -156,7 +210,7 @@ def _documents(hits: Sequence[Hit]) -> list[Document]:
             id=hit.id,
             metadata={
                 **hit.metadata,
-                **dict(zip(_SCORE_KEYS, (hit.score, hit.dense_score, hit.sparse_score), strict=True)),
+                **dict(zip(SCORE_KEYS, (hit.score, hit.dense_score, hit.sparse_score), strict=True)),
             },
         )
         for hit in hits

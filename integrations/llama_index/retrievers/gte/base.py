@@ -1,38 +1,19 @@
-"""Hybrid retrieval, dense and sparse, as a LlamaIndex retriever, and the way of nodes into its collection and back."""
+"""Hybrid retrieval, dense and sparse, as a LlamaIndex retriever."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from gte_rag.errors import missing_extra
-
-try:
-    from llama_index.core.base.base_retriever import BaseRetriever
-    from llama_index.core.callbacks import CallbackManager
-    from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
-    from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
-    from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
-    from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
-except ImportError as error:
-    raise missing_extra("llama-index-core", "llama-index") from error
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from gte_rag.chroma import HybridCollection
 from gte_rag.retriever import Hit, HybridRetriever
-
-# The keys under which LlamaIndex's stores keep a node; what they hold is not the user's metadata.
-_NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
-_CONDITIONS = {FilterCondition.AND: "$and", FilterCondition.OR: "$or"}
-_OPERATORS = {
-    FilterOperator.EQ: "$eq",
-    FilterOperator.NE: "$ne",
-    FilterOperator.GT: "$gt",
-    FilterOperator.GTE: "$gte",
-    FilterOperator.LT: "$lt",
-    FilterOperator.LTE: "$lte",
-    FilterOperator.IN: "$in",
-    FilterOperator.NIN: "$nin",
-}
+from llama_index.vector_stores.gte.nodes import chroma_filter, metadata_of, node_of
 
 
 class GTEHybridRetriever(BaseRetriever):
@@ -62,8 +43,9 @@ class GTEHybridRetriever(BaseRetriever):
         candidates: int = 100,
         mode: str = "rescore",
         fusion: str = "weighted",
+        fusion_options: dict[str, float] | None = None,
         dense_weight: float = 1.0,
-        sparse_weight: float = 0.3,
+        sparse_weight: float | None = None,
         filters: MetadataFilters | None = None,
         where: dict[str, Any] | None = None,
         where_document: dict[str, Any] | None = None,
@@ -80,8 +62,9 @@ class GTEHybridRetriever(BaseRetriever):
             candidates: How many records the first stage gives to the second.
             mode: How candidates are found; see `gte_rag.retriever.HybridRetriever`.
             fusion: How the two scores become one; see there.
+            fusion_options: Further options of the fusion; see there.
             dense_weight: Weight of the dense score.
-            sparse_weight: Weight of the sparse score.
+            sparse_weight: Weight of the sparse score; None is the fusion's own.
             filters: LlamaIndex filters on metadata: comparisons, IN and NIN, combined by AND and OR.
             where: The same as a Chroma filter; give one of the two.
             where_document: Chroma filter on the text.
@@ -97,7 +80,7 @@ class GTEHybridRetriever(BaseRetriever):
             raise ValueError("filters and where are both given; give one of them")
         self.collection = collection
         self.similarity_top_k = similarity_top_k
-        self._where = where if filters is None else _chroma_filter(filters)
+        self._where = where if filters is None else chroma_filter(filters)
         self._where_document = where_document
         self._retriever = HybridRetriever(
             collection,
@@ -105,6 +88,7 @@ class GTEHybridRetriever(BaseRetriever):
             candidates=candidates,
             mode=mode,
             fusion=fusion,
+            fusion_options=fusion_options,
             dense_weight=dense_weight,
             sparse_weight=sparse_weight,
         )
@@ -114,8 +98,7 @@ class GTEHybridRetriever(BaseRetriever):
         """Embed nodes and put them into the collection, in the form LlamaIndex's own Chroma store reads too.
 
         A node's text is embedded as it is, without its metadata. Metadata values that Chroma holds (strings, numbers,
-        booleans, lists of one kind of these) can be filtered on. All others, such as nested dicts, cannot, but they come
-        back in the form LlamaIndex gives them in JSON.
+        booleans, lists of one kind of these) can be filtered on; all others come back but cannot.
 
         Args:
             nodes: Nodes or documents; one whose id is in the collection replaces that record.
@@ -129,7 +112,7 @@ class GTEHybridRetriever(BaseRetriever):
         """
         ids = [node.node_id for node in nodes]
         texts = [node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
-        self.collection.upsert(ids, texts, metadatas=[_metadata(node) for node in nodes], show_progress=show_progress)
+        self.collection.upsert(ids, texts, metadatas=[metadata_of(node) for node in nodes], show_progress=show_progress)
         return ids
 
     def delete_ref_doc(self, ref_doc_id: str) -> None:
@@ -150,48 +133,5 @@ class GTEHybridRetriever(BaseRetriever):
         return {"k": self.similarity_top_k, "where": self._where, "where_document": self._where_document}
 
 
-def _metadata(node: BaseNode) -> dict[str, Any]:
-    stored = node_to_metadata_dict(node, remove_text=True, flat_metadata=False)
-    return {key: value for key, value in stored.items() if _is_storable(value)}
-
-
-def _is_storable(value: object) -> bool:
-    items: list[Any] = value if isinstance(value, list) else [value]
-    if len({type(item) for item in items}) != 1:
-        return False
-    if isinstance(items[0], int):
-        return all(-(2**63) <= item < 2**63 for item in items)  # Chroma's whole numbers have 64 bits
-    return isinstance(items[0], (str, float))
-
-
 def _nodes(hits: Sequence[Hit]) -> list[NodeWithScore]:
-    return [NodeWithScore(node=_node(hit), score=hit.score) for hit in hits]
-
-
-def _node(hit: Hit) -> BaseNode:
-    if "_node_content" not in hit.metadata:
-        return TextNode(id_=hit.id, text=hit.text, metadata=dict(hit.metadata))
-    node = metadata_dict_to_node(dict(hit.metadata), text=hit.text)
-    node.id_ = hit.id
-    # The record is the truth: a value changed there since the node was stored must not come back in its old form.
-    node.metadata.update({key: value for key, value in hit.metadata.items() if key not in _NODE_KEYS})
-    return node
-
-
-def _chroma_filter(filters: MetadataFilters) -> dict[str, Any] | None:
-    condition = filters.condition or FilterCondition.AND
-    if condition not in _CONDITIONS:
-        raise ValueError(f"filter condition {condition.name} is not known to Chroma; accepted here: AND, OR")
-    clauses: list[dict[str, Any] | None] = []
-    for item in filters.filters:
-        if isinstance(item, MetadataFilters):
-            clauses.append(_chroma_filter(item))
-        elif item.operator in _OPERATORS:
-            clauses.append({item.key: {_OPERATORS[item.operator]: item.value}})
-        else:
-            accepted = ", ".join(operator.name for operator in _OPERATORS)
-            raise ValueError(f"filter on {item.key!r} uses {item.operator.name}; accepted here: {accepted}")
-    present = [clause for clause in clauses if clause]
-    if len(present) < 2:  # Chroma combines two clauses at least
-        return present[0] if present else None
-    return {_CONDITIONS[condition]: present}
+    return [NodeWithScore(node=node_of(hit.id, hit.text, hit.metadata), score=hit.score) for hit in hits]

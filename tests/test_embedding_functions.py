@@ -1,0 +1,129 @@
+"""The functions that are given to Chroma itself: stored, rebuilt, shared, and one pass for dense and sparse."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from gte_rag import GTEEncoder
+from gte_rag.shared import SharedEncoder, shared_encoder
+
+chromadb = pytest.importorskip("chromadb")
+
+from chromadb.utils.embedding_functions import config_to_embedding_function, known_embedding_functions  # noqa: E402
+
+from gte_rag.embedding_functions import GTEEmbeddingFunction, GTESparseEmbeddingFunction  # noqa: E402
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+TEXTS = ["Peking ist die Hauptstadt Chinas.", "Bread needs flour and water."]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of every forward pass from now on."""
+    counted: list[int] = []
+    original = GTEEncoder._encode
+
+    def counting(self: GTEEncoder, texts: Any, *args: Any) -> Any:
+        counted.append(len(texts))
+        return original(self, texts, *args)
+
+    monkeypatch.setattr(GTEEncoder, "_encode", counting)
+    return counted
+
+
+def test_a_collection_embeds_and_queries_with_the_function(chroma_client: ClientAPI) -> None:
+    collection = chroma_client.create_collection("own", embedding_function=GTEEmbeddingFunction())  # type: ignore[arg-type]
+    collection.add(ids=["1", "2"], documents=TEXTS)
+    assert collection.configuration_json["hnsw"]["space"] == "cosine"
+    found = collection.query(query_texts=["capital of China: Peking"], n_results=1)
+    assert found["ids"] == [["1"]]
+
+
+def test_chroma_rebuilds_the_function_from_a_stored_collection(tmp_path: Path) -> None:
+    settings = chromadb.Settings(anonymized_telemetry=False)
+    client = chromadb.PersistentClient(str(tmp_path), settings=settings)
+    client.create_collection("own", embedding_function=GTEEmbeddingFunction(dimension=128)).add(
+        ids=["1"], documents=TEXTS[:1]
+    )
+    again = client.get_collection("own")
+    assert again.query(query_texts=["Peking"], n_results=1)["ids"] == [["1"]]
+    assert again.get(include=["embeddings"])["embeddings"].shape == (1, 128)
+
+
+def test_both_functions_are_registered_and_survive_serialisation() -> None:
+    assert known_embedding_functions["gte_rag"] is GTEEmbeddingFunction
+    dense = GTEEmbeddingFunction("gte-mini", dimension=64)
+    rebuilt = config_to_embedding_function({"type": "known", "name": "gte_rag", "config": dense.get_config()})
+    assert rebuilt.get_config() == dense.get_config()
+    sparse = GTESparseEmbeddingFunction.build_from_config(GTESparseEmbeddingFunction().get_config())
+    assert sparse.name() == "gte_rag_sparse"
+
+
+def test_sparse_vectors_are_the_encoders(encoder: GTEEncoder) -> None:
+    expected = encoder.encode_documents(TEXTS).sparse
+    assert expected is not None
+    for given, wanted in zip(GTESparseEmbeddingFunction()(TEXTS), expected, strict=True):
+        assert dict(zip(given.indices, given.values, strict=True)) == pytest.approx(wanted.to_dict(), abs=1e-6)
+
+
+def test_dense_and_sparse_of_the_same_texts_cost_one_pass(passes: list[int]) -> None:
+    texts = ["one pass for both", "and one only"]
+    GTEEmbeddingFunction()(texts)
+    GTESparseEmbeddingFunction()(texts)
+    assert passes == [2]
+    GTESparseEmbeddingFunction().embed_query(["a question"])
+    GTEEmbeddingFunction().embed_query(["a question"])
+    assert passes == [2, 1]
+
+
+def test_a_query_is_not_taken_for_a_document_of_the_same_text(passes: list[int]) -> None:
+    function = GTEEmbeddingFunction()
+    function(["same text, two roles"])
+    function.embed_query(["same text, two roles"])
+    assert passes == [1, 1]
+
+
+def test_what_is_remembered_is_bounded(encoder: GTEEncoder) -> None:
+    shared = SharedEncoder.wrap(encoder)
+    for number in range(20):
+        shared.encode([f"text {number}"])
+    assert len(shared._recent) == 8
+
+
+def test_equal_options_share_one_encoder_even_between_threads() -> None:
+    found: list[SharedEncoder] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(shared_encoder("gte-mini", dimension=96))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(shared) for shared in found}) == 1
+    assert len({id(shared.encoder) for shared in found}) == 1
+
+
+def test_nothing_is_loaded_before_the_first_text() -> None:
+    assert shared_encoder("no/such-model", dimension=77)._encoder is None
+    GTEEmbeddingFunction("no/such-model", dimension=77)
+
+
+def test_the_model_of_a_collection_cannot_be_changed() -> None:
+    function = GTEEmbeddingFunction()
+    with pytest.raises(ValueError, match="made with model_name='gte-mini', not 'other'"):
+        function.validate_config_update(function.get_config(), {**function.get_config(), "model_name": "other"})
+    with pytest.raises(ValueError, match="unknown options colour"):
+        GTEEmbeddingFunction.build_from_config({"colour": "red"})
+
+
+def test_vectors_are_float32_of_unit_length() -> None:
+    vectors = np.array(GTEEmbeddingFunction()(TEXTS))
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
