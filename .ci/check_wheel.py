@@ -11,10 +11,11 @@ REQUIRED = (
     "gte_rag/demo_data/documents.jsonl",
     "langchain_gte/py.typed",
     "llama_index/embeddings/gte/py.typed",
+    "llama_index/postprocessor/gte/py.typed",
     "llama_index/retrievers/gte/py.typed",
 )
 # An __init__.py in these would hide llama_index.core.
-FORBIDDEN = ("llama_index/__init__.py", "llama_index/embeddings/__init__.py", "llama_index/retrievers/__init__.py")
+FORBIDDEN = tuple(f"llama_index{folder}/__init__.py" for folder in ("", "/embeddings", "/postprocessor", "/retrievers"))
 MAX_MEGABYTES = 40
 
 

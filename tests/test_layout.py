@@ -19,11 +19,14 @@ LAYERS = (
     "tokenization",
     "model",
     "heads",
+    "modelscope",
     "checkpoint",
     "encoder",
+    "reranker",
     "fusion",
     "chroma",
     "retriever",
+    "reranking",
     "indexing",
     "demo",
     "cli",
@@ -32,6 +35,7 @@ LAYERS = (
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
     "chromadb": {"chroma", "indexing", "demo", "cli"},
+    "modelscope_hub": {"modelscope"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
@@ -83,11 +87,13 @@ def test_no_pickle_and_no_remote_code() -> None:
 
 
 def test_namespace_packages_have_no_init() -> None:
-    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers"):
-        assert not (ROOT / "integrations" / folder / "__init__.py").exists()
+    for folder in ("", "/embeddings", "/postprocessor", "/retrievers"):
+        assert not (ROOT / f"integrations/llama_index{folder}/__init__.py").exists()
 
 
 def test_every_import_package_is_typed() -> None:
-    packages = ("gte_rag", "integrations/langchain_gte", "integrations/llama_index/embeddings/gte")
-    for package in (*packages, "integrations/llama_index/retrievers/gte"):
-        assert (ROOT / package / "py.typed").is_file(), package
+    llama_index = (ROOT / "integrations/llama_index").glob("*/gte")
+    packages = (ROOT / "gte_rag", ROOT / "integrations/langchain_gte", *llama_index)
+    assert len(packages) >= 5
+    for package in packages:
+        assert (package / "py.typed").is_file(), package
