@@ -76,7 +76,9 @@ def test_transformers_loads_a_converted_encoder_and_gives_the_same_vectors(name:
     if encoding.sparse is not None and weights is not None:
         # The tokens of this text are all different, its first and last ones special.
         ids = encoder.tokenizer.encode(TEXTS[0]).ids
-        expected = {token: weight for token, weight in zip(ids[1:-1], weights[1:-1].tolist(), strict=True) if weight > 0}
+        expected = {
+            token: weight for token, weight in zip(ids[1:-1], weights[1:-1].tolist(), strict=True) if weight > 0
+        }
         known = {token: weight for token, weight in expected.items() if token != 3}
         assert encoding.sparse[0].to_dict() == pytest.approx(known, abs=TOLERANCE, rel=0)
 
@@ -130,7 +132,9 @@ def test_converting_twice_gives_the_same_files(tmp_path: Path) -> None:
     source = build(find_variant("bare-with-head"), tmp_path / "source")
     convert(source, tmp_path / "once")
     convert(tmp_path / "once", tmp_path / "twice")
-    once, twice = (sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("once", "twice"))
+    once, twice = (
+        sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("once", "twice")
+    )
     assert [path.relative_to(tmp_path / "once") for path in once] == [
         path.relative_to(tmp_path / "twice") for path in twice
     ]

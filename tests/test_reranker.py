@@ -78,16 +78,6 @@ def rewrite(folder: Path, change: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(LEGACY, tmp_path_factory.mktemp("reranker"))
-
-
-@pytest.fixture(scope="module")
-def reranker(folder: Path) -> GTEReranker:
-    return load(folder)
-
-
 @each_reranker
 def test_scores_equal_those_of_transformers(variant: Variant, tmp_path: Path) -> None:
     folder = build(variant, tmp_path / "checkpoint")
@@ -115,9 +105,10 @@ def test_a_pair_scores_the_same_alone_and_among_others(reranker: GTEReranker) ->
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
 
 
-def test_all_layouts_of_one_reranker_have_one_fingerprint(folder: Path, tmp_path: Path) -> None:
+def test_all_layouts_of_one_reranker_have_one_fingerprint(reranker_folder: Path, tmp_path: Path) -> None:
     unpacked = build(dataclasses.replace(LEGACY, layout="legacy-unpacked"), tmp_path / "unpacked")
-    fingerprints = {load(path).fingerprint for path in (folder, unpacked, native_twin(folder, tmp_path / "native"))}
+    native = native_twin(reranker_folder, tmp_path / "native")
+    fingerprints = {load(path).fingerprint for path in (reranker_folder, unpacked, native)}
     assert len(fingerprints) == 1
     other = rewrite(unpacked, lambda tensors: tensors["classifier.weight"].neg_())
     assert load(other).fingerprint not in fingerprints
@@ -164,8 +155,8 @@ async def test_async_calls_give_the_same_from_another_thread(
     assert threading.main_thread() not in threads
 
 
-def test_pairs_that_are_too_long_are_counted_in_one_warning(folder: Path) -> None:
-    reranker = load(folder, max_length=64)
+def test_pairs_that_are_too_long_are_counted_in_one_warning(reranker_folder: Path) -> None:
+    reranker = load(reranker_folder, max_length=64)
     with pytest.warns(UserWarning, match=r"2 of 3 pairs are longer than max_length=64 tokens and were cut") as caught:
         reranker.score_pairs([("the cat", LONG_TEXT), ("the cat", "the dog"), (LONG_TEXT, LONG_TEXT)])
     assert caught[0].filename == __file__
@@ -204,13 +195,13 @@ def test_pairs_are_joined_as_by_the_tokenizer_itself(variant: Variant, tmp_path:
     assert truncated == 0
 
 
-def test_xlmr_pairs_have_the_documented_form(folder: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def test_xlmr_pairs_have_the_documented_form(reranker_folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(reranker_folder / "tokenizer.json"))
     ((ids,), _, _) = tokenize_pairs(tokenizer, pair_template(tokenizer), [("the", "cat")], 10)
     assert [tokenizer.id_to_token(token_id) for token_id in ids] == ["<s>", "▁the", "</s>", "</s>", "▁cat", "</s>"]
 
 
-def test_a_tokenizer_without_a_pair_template_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_pair_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not join two texts"):
         pair_template(plain_tokenizer())
     copy = build(LEGACY, tmp_path)
@@ -271,17 +262,17 @@ def test_a_misshapen_head_is_refused_by_its_name(key: str, tmp_path: Path) -> No
         load(rewrite(build(LEGACY, tmp_path), widen))
 
 
-def test_an_encoder_of_a_reranker_names_the_reranker_for_scoring(folder: Path) -> None:
-    encoder = GTEEncoder.from_pretrained(folder, device="cpu")
+def test_an_encoder_of_a_reranker_names_the_reranker_for_scoring(reranker_folder: Path) -> None:
+    encoder = GTEEncoder.from_pretrained(reranker_folder, device="cpu")
     with pytest.raises(CheckpointError, match=r"it is a reranker, .* GTEReranker is what scores pairs"):
         encoder.score_pairs([("a", "b")])
 
 
-def test_a_length_without_room_for_both_texts_is_refused(folder: Path) -> None:
+def test_a_length_without_room_for_both_texts_is_refused(reranker_folder: Path) -> None:
     with pytest.raises(ValueError, match="max_length is 5; a pair needs at least 6 tokens"):
-        load(folder, max_length=5)
+        load(reranker_folder, max_length=5)
     with pytest.raises(ValueError, match="max_length is 9000; this model reads 3 to 8192"):
-        load(folder, max_length=9000)
+        load(reranker_folder, max_length=9000)
 
 
 @pytest.mark.parametrize(
