@@ -110,8 +110,7 @@ class GTEReranker:
 
         Args:
             name_or_path: A folder, a Hugging Face id such as ``"Alibaba-NLP/gte-multilingual-reranker-base"``, or a ModelScope
-                id such as ``"modelscope:iic/gte_passage-ranking_multilingual-base"``. The bundled ``"gte-mini"`` has no
-                reranker's head and is refused.
+                id, ``"modelscope:owner/name"``. The bundled ``"gte-mini"`` has no reranker's head and is refused.
             device: A torch device such as ``"cpu"`` or ``"cuda:1"``; None takes a GPU if torch sees one.
             precision: ``"auto"`` or a precision that `GTEEncoder.from_pretrained` accepts.
             max_length: Longest pair in tokens, 6 to the model's own limit (8,192), special tokens included. The model card's
