@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 # Read by the client when it is imported: no waiting before a second try, and no third.
+os.environ["MODELSCOPE_API_MAX_RETRIES"] = "1"
 os.environ["MODELSCOPE_DOWNLOAD_MAX_RETRIES"] = "1"
 os.environ["MODELSCOPE_DOWNLOAD_RETRY_MAX_DELAY_SECONDS"] = "1"
 
