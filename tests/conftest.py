@@ -48,5 +48,10 @@ def chroma_client() -> Iterator[ClientAPI]:
     admin = chromadb.AdminClient(settings)
     database = f"test-{uuid4().hex}"
     admin.create_database(database)
-    yield chromadb.EphemeralClient(settings=settings, database=database)
+    client = chromadb.EphemeralClient(settings=settings, database=database)
+    yield client
+    for collection in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
+        ids = collection.get(include=[])["ids"]
+        if ids:
+            collection.delete(ids)
     admin.delete_database(database)

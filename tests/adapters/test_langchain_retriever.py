@@ -211,13 +211,14 @@ def test_it_shares_the_encoder_with_the_embeddings(chroma_client: ClientAPI, enc
 async def test_searching_does_not_block_the_event_loop(
     collection: HybridCollection, encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticked = threading.Event()
+    loop = asyncio.get_running_loop()
     encode_queries = encoder.encode_queries
 
     def wait_for_the_loop(texts: list[str], **options: Any) -> Any:
-        assert ticked.wait(timeout=20), "the event loop stood still during a search"
+        ticked = threading.Event()
+        loop.call_soon_threadsafe(ticked.set)
+        assert ticked.wait(timeout=10), "the event loop stood still during a search"
         return encode_queries(texts, **options)
 
     monkeypatch.setattr(encoder, "encode_queries", wait_for_the_loop)
-    asyncio.get_running_loop().call_soon(ticked.set)
     assert len(await GTEHybridRetriever(collection=collection).ainvoke("wall", k=1)) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,15 +75,16 @@ async def test_async_results_are_the_same(collection: HybridCollection) -> None:
 async def test_searching_does_not_block_the_event_loop(
     collection: HybridCollection, encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticked = threading.Event()
+    loop = asyncio.get_running_loop()
     encode_queries = encoder.encode_queries
 
     def wait_for_the_loop(texts: list[str], **options: Any) -> Any:
-        assert ticked.wait(timeout=20), "the event loop stood still during a search"
+        ticked = threading.Event()
+        loop.call_soon_threadsafe(ticked.set)
+        assert ticked.wait(timeout=10), "the event loop stood still during a search"
         return encode_queries(texts, **options)
 
     monkeypatch.setattr(encoder, "encode_queries", wait_for_the_loop)
-    asyncio.get_running_loop().call_soon(ticked.set)
     assert len(await GTEHybridRetriever(collection).aretrieve("wall")) == 2
 
 
@@ -122,10 +125,19 @@ def test_a_node_comes_back_as_it_was_given(empty: HybridCollection) -> None:
     assert result.node.ref_doc_id == "document"
 
 
+def test_values_without_a_json_form_come_back_in_llama_indexs(empty: HybridCollection) -> None:
+    metadata = {"when": datetime(2024, 5, 6, tzinfo=timezone.utc), "pair": ("a", "b"), "infinite": [1.0, math.inf]}
+    retriever = GTEHybridRetriever(empty)
+    retriever.add_nodes([TextNode(text="a wall", metadata=metadata)])
+    (result,) = retriever.retrieve("wall")
+    assert result.node.metadata == {"when": "2024-05-06T00:00:00Z", "pair": ["a", "b"], "infinite": [1.0, None]}
+
+
 def test_the_text_is_embedded_without_the_metadata(empty: HybridCollection) -> None:
     GTEHybridRetriever(empty).add_nodes([TextNode(text="a wall", id_="n", metadata={"title": "garbage"})])
     (record,) = empty.get(["n"])
     assert record.text == "a wall"
+    assert "a wall" not in str(record.metadata)  # stored once
     assert HybridRetriever(empty).search("garbage")[0].sparse_score == 0
 
 
@@ -179,6 +191,14 @@ def test_changes_made_behind_llama_indexs_back_are_seen(collection: HybridCollec
     collection.collection.update(["rust"], metadatas=[{"year": 1999, "new": True}])
     (result,) = GTEHybridRetriever(collection, similarity_top_k=1).retrieve("garbage collector")
     assert result.node.metadata == {"lang": "en", "year": 1999, "new": True}
+
+
+def test_the_records_id_and_text_come_before_the_stored_nodes(collection: HybridCollection) -> None:
+    (record,) = collection.get(["rust"])
+    collection.upsert(["copy"], ["cheese is made of milk"], metadatas=[record.metadata])
+    (result,) = GTEHybridRetriever(collection, similarity_top_k=1).retrieve("cheese milk")
+    assert (result.node.node_id, result.node.get_content()) == ("copy", "cheese is made of milk")
+    assert result.node.metadata == NODES[1].metadata
 
 
 def test_nodes_written_by_llama_indexs_own_store_are_found(empty: HybridCollection, encoder: GTEEncoder) -> None:

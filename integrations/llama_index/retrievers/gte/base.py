@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.callbacks import CallbackManager
-from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
-from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
-from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from gte_rag.errors import missing_extra
+
+try:
+    from llama_index.core.base.base_retriever import BaseRetriever
+    from llama_index.core.callbacks import CallbackManager
+    from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+    from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+    from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
+    from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+except ImportError as error:
+    raise missing_extra("llama-index-core", "llama-index") from error
 
 from gte_rag.chroma import HybridCollection
 from gte_rag.retriever import Hit, HybridRetriever
@@ -110,7 +114,8 @@ class GTEHybridRetriever(BaseRetriever):
         """Embed nodes and put them into the collection, in the form LlamaIndex's own Chroma store reads too.
 
         A node's text is embedded as it is, without its metadata. Metadata values that Chroma holds (strings, numbers,
-        booleans, lists of one kind of these) can be filtered on; all others come back but cannot.
+        booleans, lists of one kind of these) can be filtered on. All others, such as nested dicts, cannot, but they come
+        back in the form LlamaIndex gives them in JSON.
 
         Args:
             nodes: Nodes or documents; one whose id is in the collection replaces that record.
@@ -154,10 +159,9 @@ def _is_storable(value: object) -> bool:
     items: list[Any] = value if isinstance(value, list) else [value]
     if len({type(item) for item in items}) != 1:
         return False
-    first = items[0]
-    if isinstance(first, float):
-        return all(map(math.isfinite, items))
-    return isinstance(first, str) or (isinstance(first, int) and all(-(2**63) <= item < 2**63 for item in items))
+    if isinstance(items[0], int):
+        return all(-(2**63) <= item < 2**63 for item in items)  # Chroma's whole numbers have 64 bits
+    return isinstance(items[0], (str, float))
 
 
 def _nodes(hits: Sequence[Hit]) -> list[NodeWithScore]:
