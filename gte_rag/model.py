@@ -133,13 +133,13 @@ class GTEModel(nn.Module):
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
-    def forward(self, token_ids: Tensor, cu_seqlens: Tensor, type_ids: Tensor | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Compute the hidden state of every token of a packed batch.
 
         Args:
             token_ids: int64, shape (T,), on the device of the weights.
             cu_seqlens: int64, shape (texts + 1,), on the CPU: text j lies at ``cu_seqlens[j]:cu_seqlens[j + 1]``.
-            type_ids: int64, shape (T,): rows of the token-type table; None is row 0 for every token.
+            token_types: Rows of the token-type table, int64, shape (T,); None is row 0 everywhere.
 
         Returns:
             Hidden states of the last layer, shape (T, C), in the dtype of the weights.
@@ -148,7 +148,7 @@ class GTEModel(nn.Module):
         hidden = self.word_embeddings(token_ids)  # (T, C)
         if self.token_type_embeddings is not None:
             table = self.token_type_embeddings
-            hidden = hidden + (table.weight[0] if type_ids is None else table(type_ids))
+            hidden = hidden + (table.weight[0] if token_types is None else table(token_types))
         hidden = self.embeddings_ln(hidden)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(token_ids.device)
         cos, sin = self.rotary.table(max(lengths), hidden)[:, positions].unsqueeze(2)  # each (T, 1, D)

@@ -37,7 +37,7 @@ def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reranker(reranker_folder: Path) -> GTEReranker:
     """The small random reranker, loaded once."""
-    return GTEReranker.from_pretrained(reranker_folder, device="cpu")
+    return GTEReranker.from_pretrained(reranker_folder, device="cpu", precision="float32")
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def chroma_client() -> Iterator[ClientAPI]:
     admin.create_database(database)
     client = chromadb.EphemeralClient(settings=settings, database=database)
     yield client
-    for collection in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
+    for (
+        collection
+    ) in client.list_collections():  # chroma-core/chroma#7594: lists in metadata outlive a dropped collection
         ids = collection.get(include=[])["ids"]
         if ids:
             collection.delete(ids)

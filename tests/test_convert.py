@@ -68,7 +68,7 @@ def test_transformers_loads_a_converted_encoder_and_gives_the_same_vectors(name:
     source, target = build(find_variant(name), tmp_path / "source"), tmp_path / "target"
     assert convert(source, target).folder == source
     dense, weights = dense_and_weights(target, CASES[name], TEXTS[0])
-    encoder = GTEEncoder.from_pretrained(source, device="cpu")
+    encoder = GTEEncoder.from_pretrained(source, device="cpu", precision="float32")
     encoding = encoder.encode_documents([TEXTS[0]], sparse=encoder.has_sparse)
     assert encoding.dense is not None
     np.testing.assert_allclose(encoding.dense[0], dense, rtol=0, atol=TOLERANCE)
@@ -88,10 +88,10 @@ def test_transformers_loads_a_converted_reranker_and_gives_the_same_scores(layou
     source = build(Variant("reranker", layout=layout, pooler=True), tmp_path / "source")
     convert(source, tmp_path / "target")
     load_as_transformers_does(tmp_path / "target", SEQUENCE)
-    reranker = GTEReranker.from_pretrained(source, device="cpu")
+    reranker = GTEReranker.from_pretrained(source, device="cpu", precision="float32")
     expected = transformers_scores(tmp_path / "target", PAIRS, 8192)
     np.testing.assert_allclose(reranker.score_pairs(PAIRS), expected, rtol=0, atol=TOLERANCE)
-    again = GTEReranker.from_pretrained(tmp_path / "target", device="cpu")
+    again = GTEReranker.from_pretrained(tmp_path / "target", device="cpu", precision="float32")
     assert again.fingerprint == reranker.fingerprint
     np.testing.assert_allclose(again.score_pairs(PAIRS), expected, rtol=0, atol=TOLERANCE)
 
@@ -102,7 +102,7 @@ def test_sentence_transformers_loads_a_converted_reranker(tmp_path: Path) -> Non
     convert(source, tmp_path / "target", dtype="float32")
     cross_encoder = sentence_transformers.CrossEncoder(str(tmp_path / "target"), device="cpu")
     scores = cross_encoder.predict(PAIRS, activation_fn=torch.nn.Identity(), show_progress_bar=False)
-    reranker = GTEReranker.from_pretrained(source, device="cpu")
+    reranker = GTEReranker.from_pretrained(source, device="cpu", precision="float32")
     np.testing.assert_allclose(reranker.score_pairs(PAIRS), scores, rtol=0, atol=TOLERANCE)
 
 

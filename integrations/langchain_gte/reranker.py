@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.callbacks import Callbacks
-from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import ConfigDict, Field, PrivateAttr
-
+from gte_rag.errors import missing_extra
 from gte_rag.reranker import GTEReranker, RerankResult
+
+try:
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from pydantic import ConfigDict, Field, PrivateAttr
+except ImportError as error:
+    raise missing_extra("langchain-core", "langchain") from error
 
 RERANK_SCORE_KEY = "gte_rerank_score"
 # Fields that say which reranker to load; one that is passed ready-made has decided them already.
