@@ -1,8 +1,9 @@
 """A Chroma collection whose records carry text, dense vector and sparse vector together.
 
 Local Chroma has no sparse vectors, so each record keeps its own as one packed string under a reserved metadata key, with
-the model's fingerprint and a digest of the text. A value whose fingerprint or digest does not fit the stored text is stale
-(another program replaced the text) and is computed anew instead of being trusted. The key never shows in what is returned.
+the model's fingerprint and a digest of the text and the weights. A value whose fingerprint or digest does not fit is stale
+(another program replaced the text) or damaged, and is computed anew instead of being trusted. The key never shows in what is
+returned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gte_rag.vectors import FloatArray, SparseVector, pack_sparse, unpack_sparse
 try:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
-    from chromadb.errors import NotFoundError
+    from chromadb.errors import InvalidArgumentError, NotFoundError
 except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
@@ -90,8 +91,13 @@ class HybridCollection:
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
+            TypeError: `name` is not a string.
             ValueError: The encoder gives no sparse vectors, or Chroma refuses the name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name is {type(name).__name__}; give a string")
+        if not name:  # a server answers this one with an empty error
+            raise ValueError("name is empty; Chroma takes names of at least three characters")
         if not encoder.has_sparse:
             raise ValueError(
                 f"{encoder.name} gives no sparse vectors; hybrid retrieval needs a model with a sparse head"
@@ -106,9 +112,12 @@ class HybridCollection:
         try:
             self.collection: Collection = client.get_collection(name, embedding_function=None)
         except NotFoundError:
-            self.collection = client.get_or_create_collection(
-                name, embedding_function=None, metadata=marks, configuration={"hnsw": {"space": "cosine"}}
-            )
+            try:
+                self.collection = client.get_or_create_collection(
+                    name, embedding_function=None, metadata=marks, configuration={"hnsw": {"space": "cosine"}}
+                )
+            except InvalidArgumentError as error:
+                raise ValueError(f"name is {name!r}; Chroma refuses it: {error}") from error
         self._check_marks(marks)
         self._max_batch: int = client.get_max_batch_size()
 
@@ -182,8 +191,14 @@ class HybridCollection:
             offset: Skip so many first.
 
         Raises:
-            ValueError: An id is asked for twice, or Chroma refuses the filter.
+            TypeError: `ids` is not a list of strings, or `limit` or `offset` is not a whole number.
+            ValueError: An id is asked for twice, `limit` or `offset` is negative, or Chroma refuses the filter.
         """
+        for name, number in (("limit", limit), ("offset", offset)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"{name} is {number!r}; give a whole number or None")
+            if number is not None and number < 0:
+                raise ValueError(f"{name} is {number}; it must be 0 or more, or None")
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
             found = self.collection.get(limit=limit, offset=offset, **filters)
@@ -259,7 +274,8 @@ class HybridCollection:
         packed = [metadata.pop(RESERVED_KEY, None) for metadata in metadatas]
         sparse = self._fresh_sparse(texts, packed)
         return [
-            Candidate(Record(record_id, text, cast(Any, metadata)), 1.0 - distance, vector_)
+            # rounding takes Chroma's distance a little below 0
+            Candidate(Record(record_id, text, cast(Any, metadata)), min(1.0, max(-1.0, 1.0 - distance)), vector_)
             for record_id, text, metadata, distance, vector_ in zip(
                 found["ids"][0], texts, metadatas, distances, sparse, strict=True
             )
@@ -331,8 +347,9 @@ class HybridCollection:
                 progress.update(len(stored))
 
     def _seal(self, text: str, vector: SparseVector) -> str:
-        """Return the stored form of a sparse vector: format, model, text digest, packed weights."""
-        return ":".join((_FORMAT, self.encoder.fingerprint, _digest(text), pack_sparse(vector)))
+        """Return the stored form of a sparse vector: format, model, digest of text and weights, packed weights."""
+        packed = pack_sparse(vector)
+        return ":".join((_FORMAT, self.encoder.fingerprint, _digest(text, packed), packed))
 
     def _fresh_sparse(self, texts: Sequence[str], packed: Sequence[object]) -> list[SparseVector]:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
@@ -340,11 +357,11 @@ class HybridCollection:
         vectors: list[SparseVector | None] = []
         for text, value in zip(texts, packed, strict=True):
             vector = None
-            if isinstance(value, str) and value.startswith(f"{prefix}{_digest(text)}:"):
-                try:
-                    vector = unpack_sparse(value.rpartition(":")[2])
-                except ValueError:  # damaged by someone else: as good as missing
-                    vector = None
+            if isinstance(value, str) and value.startswith(prefix):
+                digest, _, weights = value[len(prefix) :].partition(":")
+                # The weights count too: cut short, they may still unpack, to wrong weights.
+                if digest == _digest(text, weights):
+                    vector = unpack_sparse(weights)
             vectors.append(vector)
         stale = [index for index, vector in enumerate(vectors) if vector is None]
         if stale:
@@ -355,8 +372,8 @@ class HybridCollection:
         return cast("list[SparseVector]", vectors)
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+def _digest(text: str, packed: str) -> str:
+    return hashlib.blake2b(f"{text}\0{packed}".encode(), digest_size=8).hexdigest()
 
 
 def _records(found: Mapping[str, Any]) -> list[Record]:
@@ -376,6 +393,7 @@ def _check_ids(ids: Sequence[str]) -> list[str]:
             raise TypeError(f"ids[{position}] is {type(record_id).__name__}; every id must be a string")
         if not record_id:
             raise ValueError(f"ids[{position}] is empty; an id has at least one character")
+        _check_unicode(record_id, f"ids[{position}]")
     if len(set(checked)) != len(checked):
         seen: set[str] = set()
         repeated = [record_id for record_id in checked if record_id in seen or seen.add(record_id)]  # type: ignore[func-returns-value]
@@ -388,7 +406,6 @@ def _check_records(
 ) -> tuple[list[str], list[str], list[dict[str, MetadataValue]]]:
     """Check everything that Chroma would refuse, change or lose, before anything is encoded or written."""
     ids, texts = _check_ids(ids), check_texts(texts)
-    check_texts(ids)
     if metadatas is not None and (isinstance(metadatas, (str, bytes)) or not isinstance(metadatas, Sequence)):
         raise TypeError(f"metadatas is {type(metadatas).__name__}; give a list with one mapping or None for each text")
     if len(ids) != len(texts) or (metadatas is not None and len(metadatas) != len(texts)):
@@ -415,6 +432,7 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
             )
         if value is None:
             continue
+        _check_unicode(key, f"a key of {where}")
         values = value if isinstance(value, list) else [value]
         kinds = {type(item) for item in values}
         if len(kinds) != 1 or not kinds <= {str, int, float, bool}:
@@ -426,8 +444,18 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
                 raise ValueError(f"{where}[{key!r}] is {item}; Chroma would silently drop a number that is not finite")
             if isinstance(item, int) and not -(2**63) <= item < 2**63:
                 raise ValueError(f"{where}[{key!r}] is {item}; Chroma stores whole numbers of 64 bits")
-        check_texts([item for item in (key, *values) if isinstance(item, str)])
+            if isinstance(item, str):
+                _check_unicode(item, f"{where}[{key!r}]")
         yield key, value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has a lone surrogate {text[error.start]!r} at character {error.start}, which is no valid Unicode"
+        ) from None
 
 
 def _some(ids: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,12 @@ def test_packing_keeps_every_text_once_within_the_budget_and_longest_first(
     assert rows == sorted(range(len(token_ids)), key=lambda row: (-len(token_ids[row]), row))
     for batch in batches:
         starts = batch.cu_seqlens.tolist()
-        texts = [batch.token_ids[start:stop].tolist() for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+        texts = [batch.token_ids[start:stop].tolist() for start, stop in pairwise(starts)]
         assert texts == [token_ids[row] for row in batch.rows]
         assert len(batch.token_ids) <= max_tokens or len(batch.rows) == 1
         assert {batch.token_ids.dtype, batch.cu_seqlens.dtype, batch.rows.dtype} == {np.dtype(np.int64)}
     # No batch could have taken the next text as well.
-    for batch, following in zip(batches[:-1], batches[1:], strict=True):
+    for batch, following in pairwise(batches):
         assert len(batch.token_ids) + len(token_ids[following.rows[0]]) > max_tokens
 
 

@@ -267,6 +267,8 @@ def raw(token_ids: list[int], token_weights: list[float]) -> str:
         ("not base64!", "not a packed sparse vector"),
         ("北京", "not a packed sparse vector"),
         ("AAA", "not a packed sparse vector"),
+        (raw([1], [1]) + "!", "not a packed sparse vector"),
+        ("\n" + raw([1], [1]), "not a packed sparse vector"),
         ("AAAA", "3 bytes, which is no multiple of 6"),
         (raw([2**31], [1]), "token id out of range"),
         (raw([2, 1], [1, 1]), "strictly ascending"),

@@ -1,0 +1,669 @@
+"""The command line ``gte-rag``: argument parsing and printing only.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 the command could not do (all of) its work,
+2 it was called wrongly or a package is missing, 130 interrupted, 141 the reader of stdout went away.
+
+Everything that takes time to import is imported where it is needed, so that ``gte-rag --help`` answers at once and works
+without the optional packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from gte_rag import __version__
+from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError, missing_extra
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from rich.console import Console
+    from rich.text import Text
+
+    from gte_rag.encoder import GTEEncoder
+    from gte_rag.indexing import IndexReport, Progress
+    from gte_rag.retriever import Hit
+
+_DEFAULT_MODEL = "gte-mini"
+_DATABASE_FILE = "chroma.sqlite3"
+# What a collection remembers of its model.
+_FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
+# Lines of standard input that `encode` reads, encodes and prints together.
+_ENCODE_GROUP = 64
+_EXCERPT_CHARACTERS = 400
+# A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
+_HIGHLIGHTED_SHARE = 0.03
+# Control characters in an indexed text must not reach the terminal.
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "BOPOMOFO")
+
+
+class _CommandError(Exception):
+    """A command cannot go on; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
+    _accept_every_character(sys.stdout, sys.stderr)
+    resume = ""
+    try:
+        arguments = _parser().parse_args(argv)
+        resume = arguments.resume
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # argparse has printed help, version or a usage error
+        return error.code if isinstance(error.code, int) else 2
+    except KeyboardInterrupt:
+        _say(f"interrupted{resume}")
+        return 130
+    except BrokenPipeError:
+        _abandon_stdout()
+        return 141
+    except _CommandError as error:
+        _say(str(error))
+        return error.code
+    except MissingExtraError as error:
+        _say(str(error))
+        return 2
+    except (CheckpointError, CollectionMismatchError, OSError, *_chroma_errors("ChromaError")) as error:
+        _say(str(error))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gte-rag",
+        description="Dense and sparse GTE embeddings and hybrid search in a local Chroma.",
+        epilog="gte-rag COMMAND --help explains a command. Start with: gte-rag demo",
+    )
+    parser.add_argument("--version", action="version", version=f"gte-rag {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    index = _command(commands, "index", _index, "index text and Markdown files; run again to synchronise")
+    index.set_defaults(
+        resume="; what is indexed so far can be searched, and the same command, run again, does the rest"
+    )
+    index.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a UTF-8 file, a folder (searched for .md, .markdown, .txt, .text, .rst), or - for standard input",
+    )
+    _add_database_options(index)
+    _add_model_options(index, "the model of the index, gte-mini for a new one")
+    index.add_argument(
+        "--dimension",
+        type=_count,
+        metavar="N",
+        help="length of the dense vectors (default: that of the index, the model's largest for a new one)",
+    )
+    index.add_argument(
+        "--chunk-tokens",
+        type=_count,
+        metavar="N",
+        help="longest passage in tokens (default: 256); documents split otherwise are split anew",
+    )
+
+    search = _command(commands, "search", _search, "search an index")
+    search.add_argument("query", metavar="QUESTION", help="a question or search words, in any language")
+    _add_database_options(search)
+    _add_model_options(search, "the model of the index")
+    search.add_argument("-k", type=_count, default=5, metavar="N", help="number of hits (default: %(default)s)")
+    search.add_argument(
+        "--candidates", type=_count, metavar="N", help="nearest dense vectors that are scored (default: 100)"
+    )
+    search.add_argument("--dense-weight", type=_weight, metavar="X", help="weight of the cosine (default: 1.0)")
+    search.add_argument("--sparse-weight", type=_weight, metavar="X", help="weight of the sparse score (default: 0.3)")
+    search.add_argument("--mode", help="how candidates are found (default: rescore)")
+    search.add_argument(
+        "--where", type=_json_object, metavar="JSON", help="""Chroma's filter on metadata, e.g. '{"chunk": 0}'"""
+    )
+    search.add_argument("--full", action="store_true", help="print whole passages, not excerpts of them")
+    search.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    encode = _command(commands, "encode", _encode, "print vectors of texts as JSON lines")
+    encode.add_argument("texts", nargs="*", metavar="TEXT", help="a text, or - for one text a line of standard input")
+    kind = encode.add_mutually_exclusive_group()
+    kind.add_argument("--query", action="store_true", help="encode as search queries")
+    kind.add_argument("--document", action="store_true", help="encode as documents (the default)")
+    encode.add_argument("--no-dense", action="store_true", help="leave out the dense vectors")
+    encode.add_argument("--no-sparse", action="store_true", help="leave out the sparse weights")
+    encode.add_argument("--tokens", action="store_true", help="key sparse weights by token strings, highest first")
+    encode.add_argument("--dimension", type=_count, metavar="N", help="length of the dense vectors")
+    _add_model_options(encode, "gte-mini")
+
+    info = _command(commands, "info", _info, "show versions and what a model is")
+    _add_model_options(info, "gte-mini")
+
+    demo = _command(commands, "demo", _demo, "index the bundled documents and answer the bundled questions")
+    _add_model_options(demo, "gte-mini")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run, resume="")
+    return parser
+
+
+def _add_database_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--db", required=True, type=Path, metavar="DIR", help="folder of the Chroma database")
+    parser.add_argument(
+        "--collection", default="documents", metavar="NAME", help="collection in it (default: %(default)s)"
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--model", metavar="NAME", help=f"gte-mini, a folder or a Hugging Face id (default: {default})")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return value
+
+
+def _weight(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number of at least 0")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    example = """give a JSON object such as '{"chunk": 0}'"""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); {example}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is a JSON {type(value).__name__}; {example}")
+    return value
+
+
+# --- index -------------------------------------------------------------------------------------------------------------
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    _require("chromadb", "rich", "semantic_text_splitter")
+    from gte_rag.chroma import HybridCollection
+    from gte_rag.indexing import CHUNK_TOKENS, Selection, Splitter, read_file, read_stdin, select_files, sync
+
+    started = time.monotonic()
+    selection = select_files(path for path in arguments.paths if path != "-")
+    if not selection.files and not selection.failed and "-" not in arguments.paths:
+        _say(f"warning: no .md, .markdown, .txt, .text or .rst files in {', '.join(arguments.paths)}")
+    client, recorded = None, {}
+    if (arguments.db / _DATABASE_FILE).is_file():
+        client = _open_client(arguments.db)
+        recorded = _recorded(client, arguments.collection) or {}
+    elif os.path.lexists(arguments.db) and not arguments.db.is_dir():
+        raise _CommandError(f"--db {arguments.db} is a file; give a folder, or the name of a new one", 1)
+    encoder = _load_encoder_of_index(arguments.model, arguments.device, arguments.dimension, recorded)
+    chunk_tokens = arguments.chunk_tokens or min(CHUNK_TOKENS, encoder.max_length)
+    with _as_usage_error():
+        Splitter(encoder, chunk_tokens=chunk_tokens)  # refuses a length out of range before a database is made
+    with _as_usage_error():
+        collection = HybridCollection(client or _open_client(arguments.db), arguments.collection, encoder=encoder)
+
+    def documents(selection: Selection) -> Iterator[Any]:
+        yield from selection.failed
+        if "-" in arguments.paths:
+            yield read_stdin()
+        yield from map(read_file, selection.files)
+
+    total = len(selection.files) + len(selection.failed) + ("-" in arguments.paths)
+    with _progress(total) as on_progress:
+        report = sync(
+            collection,
+            documents(selection),
+            roots=selection.roots,
+            chunk_tokens=chunk_tokens,
+            on_progress=on_progress,
+        )
+    for failure in report.failed:
+        _say(f"set aside: {_shown_path(failure.source)} {failure.reason}")
+    _print(_summary(report, selection.ignored, collection.count(), time.monotonic() - started))
+    return 1 if report.failed else 0
+
+
+def _summary(report: IndexReport, ignored: int, count: int, seconds: float) -> str:
+    parts = [
+        f"{report.added} added, {report.updated} updated, {report.unchanged} unchanged, {report.removed} removed",
+        *([f"{len(report.failed)} set aside"] if report.failed else []),
+        *([f"{report.empty} without text"] if report.empty else []),
+        *([f"{ignored} files of other kinds passed over"] if ignored else []),
+    ]
+    return f"{', '.join(parts)}; {report.chunks} passages written, {count} in the index ({seconds:.1f} s)"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Progress]:
+    """Show on a terminal how far indexing has come; elsewhere show nothing."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = _console(sys.stderr)
+    written = TextColumn("passages written: {task.fields[chunks]}")
+    columns = (TextColumn("documents"), BarColumn(), MofNCompleteColumn(), written, TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, chunks=0)
+        yield lambda done, chunks: bar.update(task, completed=done, chunks=chunks)
+
+
+# --- search ------------------------------------------------------------------------------------------------------------
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    _require("chromadb", "rich")
+    from gte_rag.chroma import HybridCollection
+    from gte_rag.retriever import HybridRetriever
+
+    if not (arguments.db / _DATABASE_FILE).is_file():
+        raise _CommandError(
+            f"there is no index in {arguments.db}; make one:  gte-rag index PATH --db {arguments.db}", 1
+        )
+    client = _open_client(arguments.db)
+    recorded = _recorded(client, arguments.collection)
+    if recorded is None:
+        names = ", ".join(sorted(collection.name for collection in client.list_collections())) or "none"
+        raise _CommandError(
+            f"{arguments.db} has no collection {arguments.collection!r}; it has: {names}. Choose with --collection", 1
+        )
+    if _MODEL_KEY not in recorded:
+        raise _CommandError(f"collection {arguments.collection!r} was not made by gte-rag; index into another one", 1)
+    if not client.get_collection(arguments.collection, embedding_function=None).count():
+        raise _CommandError(f"collection {arguments.collection!r} in {arguments.db} is empty; index something first", 1)
+    encoder = _load_encoder_of_index(arguments.model, arguments.device, None, recorded)
+    collection = HybridCollection(client, arguments.collection, encoder=encoder)
+    named = ("candidates", "mode", "dense_weight", "sparse_weight")
+    options = {name: value for name in named if (value := getattr(arguments, name)) is not None}
+    with _as_usage_error():
+        hits = HybridRetriever(collection, k=arguments.k, **options).search(arguments.query, where=arguments.where)
+    if arguments.json:
+        _print_json(
+            {
+                "query": arguments.query,
+                "model": encoder.name,
+                "collection": arguments.collection,
+                "hits": [_hit_as_json(rank, hit) for rank, hit in enumerate(hits, start=1)],
+            }
+        )
+        return 0
+    if not hits:
+        _say("no passage fits --where")
+    console = _console(sys.stdout)
+    for rank, hit in enumerate(hits, start=1):
+        if rank > 1:
+            console.print()
+        _print_hit(console, encoder, rank, hit, _origin(hit), full=arguments.full)
+    return 0
+
+
+def _hit_as_json(rank: int, hit: Hit) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "id": hit.id,
+        "score": hit.score,
+        "dense_score": hit.dense_score,
+        "sparse_score": hit.sparse_score,
+        "metadata": hit.metadata,
+        "text": hit.text,
+        "matches": [
+            {"token": match.token, "query_weight": match.query_weight, "document_weight": match.document_weight}
+            for match in hit.matches
+        ],
+    }
+
+
+def _origin(hit: Hit) -> str:
+    """Return where a hit comes from: path, heading, and which of the document's passages it is."""
+    source, heading = hit.metadata.get("source"), hit.metadata.get("heading")
+    chunk, chunks = hit.metadata.get("chunk"), hit.metadata.get("chunks")
+    parts = [_shown_path(source) if isinstance(source, str) else hit.id]
+    if heading:
+        parts.append(f"› {heading}")
+    if isinstance(chunk, int) and isinstance(chunks, int) and chunks > 1:
+        parts.append(f"({chunk + 1}/{chunks})")
+    return " ".join(parts)
+
+
+def _print_hit(console: Console, encoder: GTEEncoder, rank: int, hit: Hit, origin: str, *, full: bool) -> None:
+    from rich.text import Text
+
+    console.print(
+        Text.assemble(
+            (f"{rank}. ", "bold"),
+            (f"{hit.score:.3f}", "bold"),
+            (f"  dense {hit.dense_score:.3f}, sparse {hit.sparse_score:.3f}  ", "dim"),
+            (_harmless(origin).replace("\n", " "), "cyan"),
+        ),
+        soft_wrap=True,
+    )
+    text = _passage(encoder, hit, full=full)
+    width = max(20, console.width - 3)
+    lines: Iterable[Text] = text.wrap(console, width) if console.is_terminal else text.split("\n")
+    for line in lines:
+        line.rstrip()
+        console.print(Text("   ") + line if line else line, soft_wrap=True)
+
+
+def _passage(encoder: GTEEncoder, hit: Hit, *, full: bool) -> Text:
+    from rich.text import Text
+
+    least = _HIGHLIGHTED_SHARE * hit.sparse_score
+    spans = _matching_spans(encoder, hit.text, {match.token for match in hit.matches if match.weight >= least})
+    start, end = (0, len(hit.text)) if full else _excerpt(hit.text, spans)
+    text = Text(_harmless(hit.text))  # the same length: spans keep their places
+    for first, last in spans:
+        text.stylize("bold yellow", first, last)
+    text = text[start:end]
+    text.rstrip()
+    return Text.assemble("… " if start else "", text, " …" if end < len(hit.text) else "")
+
+
+def _matching_spans(encoder: GTEEncoder, text: str, tokens: Collection[str]) -> list[tuple[int, int]]:
+    """Return where a text holds one of the tokens, as the model's tokenizer cuts it, neighbours joined.
+
+    A single letter within a word is left out, unless its script writes no spaces between words.
+    """
+    encoding = encoder.tokenizer.encode(text)
+    spans: list[tuple[int, int]] = []
+    for string, (start, end) in zip(encoder.token_strings(encoding.ids), encoding.offsets, strict=True):
+        if string not in tokens or not any(character.isalnum() for character in string):
+            continue
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        elif start < end:
+            spans.append((start, end))
+    return [span for span in spans if not _is_letter_within_word(text, *span)]
+
+
+def _is_letter_within_word(text: str, start: int, end: int) -> bool:
+    if end - start > 1 or unicodedata.name(text[start], "").startswith(_SCRIPTS_WITHOUT_SPACES):
+        return False
+    return text[:start][-1:].isalnum() or text[end:][:1].isalnum()
+
+
+def _excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return start and end of the part of a text, at most `_EXCERPT_CHARACTERS` long, that holds most of the spans."""
+    if len(text) <= _EXCERPT_CHARACTERS:
+        return 0, len(text)
+
+    def covered(start: int) -> int:
+        return sum(last - first for first, last in spans if start <= first and last <= start + _EXCERPT_CHARACTERS)
+
+    starts = [0, *(max(0, first - _EXCERPT_CHARACTERS // 8) for first, _ in spans)]
+    start = min(max(starts, key=covered), len(text) - _EXCERPT_CHARACTERS)
+    end = start + _EXCERPT_CHARACTERS
+    if start:
+        start += next((place for place, character in enumerate(text[start : start + 20], 1) if character.isspace()), 0)
+    if end < len(text):
+        end -= next((place for place, character in enumerate(text[end - 20 : end][::-1]) if character.isspace()), 0)
+    return start, end
+
+
+# --- encode, info, demo ------------------------------------------------------------------------------------------------
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    if arguments.no_dense and arguments.no_sparse:
+        raise _CommandError("--no-dense and --no-sparse leave nothing to print; give one of them at most", 2)
+    if not arguments.texts and sys.stdin.isatty():
+        raise _CommandError("nothing to encode; give a TEXT, or - to read one text a line from standard input", 2)
+    encoder = _load_encoder(arguments.model, arguments.device, arguments.dimension)
+    if not encoder.has_sparse and not arguments.no_sparse:
+        raise _CommandError(f"{encoder.name} gives no sparse vectors; add --no-sparse", 1)
+    texts = _lines_of_stdin() if arguments.texts in ([], ["-"]) else iter(arguments.texts)
+    encode = encoder.encode_queries if arguments.query else encoder.encode_documents
+    while group := list(itertools.islice(texts, _ENCODE_GROUP)):
+        with _as_usage_error():
+            encoding = encode(group, dense=not arguments.no_dense, sparse=not arguments.no_sparse)
+        for row, text in enumerate(group):
+            line: dict[str, Any] = {"text": text}
+            if encoding.dense is not None:
+                line["dense"] = _shortest(encoding.dense[row])
+            if encoding.sparse is not None:
+                vector = encoding.sparse[row]
+                line["sparse"] = (
+                    {token: _shortest([weight])[0] for token, weight in encoder.token_weights(vector).items()}
+                    if arguments.tokens
+                    else dict(zip(map(str, vector.indices.tolist()), _shortest(vector.values), strict=True))
+                )
+            _print_json(line, indent=None)
+    return 0
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise _CommandError(
+                f"line {number} of standard input is not UTF-8 ({error.reason}); convert it", 1
+            ) from None
+
+
+def _shortest(values: Iterable[Any]) -> list[float]:
+    """Return float32 numbers as the shortest decimals that name them."""
+    import numpy as np
+
+    return [float(str(np.float32(value))) for value in values]
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    encoder = _load_encoder(arguments.model, arguments.device, None)
+    packages = (
+        "torch",
+        "tokenizers",
+        "numpy",
+        "chromadb",
+        "semantic-text-splitter",
+        "langchain-core",
+        "llama-index-core",
+    )
+    config = encoder.config
+    rows = [
+        ("gte-rag", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in packages),
+        ("model", encoder.name),
+        ("parameters", f"{encoder.num_parameters:,}"),
+        ("dimension", f"{config.hidden_size}, or {config.min_dimension} and more"),
+        ("max length", f"{encoder.max_length:,} tokens"),
+        ("vocabulary", f"{encoder.vocab_size:,} tokens"),
+        ("sparse head", "yes" if encoder.has_sparse else "no"),
+        ("query prompt", repr(encoder.query_prompt) if encoder.query_prompt else "none"),
+        ("device", str(encoder.device)),
+        ("precision", encoder.precision),
+        ("fingerprint", encoder.fingerprint),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        _print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _require("chromadb", "rich")
+    from gte_rag import demo
+
+    encoder = _load_encoder(arguments.model, arguments.device, None)
+    console = _console(sys.stdout)
+    started = time.monotonic()
+    documents = {document.id: document for document in demo.load_documents()}
+    languages = {document.language for document in documents.values()}
+    console.print(f"Indexing {len(documents)} documents in {len(languages)} languages with {encoder.name} …")
+    right = count = 0
+    for answer in demo.answers(encoder):
+        console.print()
+        console.print(f"? {answer.question.question}", style="bold", markup=False, soft_wrap=True)
+        for rank, hit in enumerate(answer.hits, start=1):
+            mark = " ✓" if rank == 1 and answer.is_right else ""
+            document = documents[hit.id]
+            _print_hit(console, encoder, rank, hit, f"{document.title} [{document.language}]{mark}", full=False)
+        right += answer.is_right
+        count += 1
+    console.print()
+    _print(f"{right} of {count} questions have the right document first ({time.monotonic() - started:.1f} s).")
+    _print("Index your own files:   gte-rag index PATH --db ./index")
+    _print('and ask them:           gte-rag search "your question" --db ./index')
+    return 0
+
+
+# --- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _require(*modules: str) -> None:
+    for module in modules:
+        if module not in sys.modules and find_spec(module) is None:
+            raise missing_extra(module.replace("_", "-"), "cli")
+
+
+def _load_encoder(model: str | None, device: str | None, dimension: int | None) -> GTEEncoder:
+    from gte_rag.encoder import GTEEncoder
+
+    name = model or _DEFAULT_MODEL
+    if name != _DEFAULT_MODEL and os.path.isdir(name):
+        name = os.path.abspath(name)  # an index remembers it and may be searched from elsewhere
+    with _as_usage_error():
+        return GTEEncoder.from_pretrained(name, device=device, dimension=dimension)
+
+
+def _load_encoder_of_index(
+    model: str | None, device: str | None, dimension: int | None, recorded: Mapping[str, Any]
+) -> GTEEncoder:
+    """Load the model that a collection remembers, or one that was named in its place."""
+    if model is None:
+        return _load_encoder(recorded.get(_MODEL_KEY), device, dimension or recorded.get(_DIMENSION_KEY))
+    encoder = _load_encoder(model, device, dimension)
+    if dimension is None and recorded.get(_FINGERPRINT_KEY) == encoder.fingerprint:  # the same model by another name
+        encoder = _load_encoder(model, device, recorded[_DIMENSION_KEY])
+    return encoder
+
+
+def _open_client(folder: Path) -> ClientAPI:
+    import chromadb
+
+    return chromadb.PersistentClient(str(folder), settings=chromadb.Settings(anonymized_telemetry=False))
+
+
+def _recorded(client: ClientAPI, name: str) -> dict[str, Any] | None:
+    """Return what a collection remembers of its model; None if there is no such collection."""
+    from chromadb.errors import NotFoundError
+
+    try:
+        return dict(client.get_collection(name, embedding_function=None).metadata or {})
+    except NotFoundError:
+        return None
+
+
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """Report what the called code refuses as a wrong call: a dimension, a device, a filter, a name."""
+    try:
+        yield
+    except (CheckpointError, CollectionMismatchError):
+        raise
+    except ValueError as error:
+        raise _CommandError(str(error), 2) from error
+    except _chroma_errors("InvalidArgumentError") as error:
+        raise _CommandError(str(error), 2) from error
+
+
+def _chroma_errors(*names: str) -> tuple[type[Exception], ...]:
+    """Return Chroma's exceptions of these names; none while Chroma is not imported."""
+    errors = sys.modules.get("chromadb.errors")
+    return tuple(getattr(errors, name) for name in names) if errors else ()
+
+
+def _console(stream: TextIO) -> Console:
+    """Return a console without colour and other escape codes when the stream is piped or NO_COLOR is set."""
+    from rich.console import Console
+
+    return Console(file=stream, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+
+
+def _shown_path(source: str) -> str:
+    """Return a path relative to the working directory where that is shorter, without control characters."""
+    folder = os.getcwd().rstrip(os.sep) + os.sep
+    return _harmless(source.removeprefix(folder)).replace("\n", "\ufffd")
+
+
+def _harmless(text: str) -> str:
+    return text.translate(_CONTROLS)
+
+
+def _print(line: str) -> None:
+    print(line)
+
+
+def _print_json(value: dict[str, Any], indent: int | None = 2) -> None:
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    print(json.dumps(value, ensure_ascii=not is_unicode, indent=indent))
+
+
+def _say(message: str) -> None:
+    print(f"gte-rag: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _accept_every_character(*streams: TextIO) -> None:
+    """Let characters that a stream cannot write become escapes instead of a crash."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _abandon_stdout() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's own flush at exit is silent, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
