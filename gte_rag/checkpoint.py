@@ -178,7 +178,7 @@ def find_folder(
         MissingExtraError: A ModelScope id is given and its client is not installed.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"name_or_path is {type(name_or_path).__name__}; give a name, a folder or the id of a hub")
+        raise TypeError(f"name_or_path is {type(name_or_path).__name__}; give a name, a folder or a Hugging Face id")
     name = os.fspath(name_or_path)
     if name in BUNDLED:
         return BUNDLED[name]
@@ -186,8 +186,8 @@ def find_folder(
     if not folder.is_dir():
         if not re.fullmatch(_HUB_ID, name.removeprefix(_MODELSCOPE)) or folder.exists():
             raise CheckpointError(
-                f"no checkpoint {name!r}: give {' or '.join(map(repr, BUNDLED))}, an existing folder, a Hugging Face id "
-                "such as 'Alibaba-NLP/gte-multilingual-base', or a ModelScope id such as "
+                f"no checkpoint {name!r}: give {' or '.join(map(repr, BUNDLED))}, an existing folder, or a Hugging Face id "
+                "such as 'Alibaba-NLP/gte-multilingual-base'; a ModelScope id takes 'modelscope:' before it, such as "
                 "'modelscope:iic/gte_sentence-embedding_multilingual-base'"
             )
         cache = None if cache_dir is None else os.fspath(cache_dir)
@@ -506,8 +506,7 @@ def _sparse_head(heads: dict[str, Tensor], config: GTEConfig, folder: Path) -> t
     """Return the sparse head, or None and the reason why there is none."""
     if any(name.startswith("pooler.") for name in heads):
         return None, (
-            "it has a pooler: it is a reranker, whose classifier scores pairs and not tokens, and GTEReranker is what scores "
-            "pairs with it"
+            "it has a pooler (GTEReranker scores pairs with it): it is a reranker, whose classifier scores pairs and not tokens"
         )
     if "classifier.weight" not in heads:
         kind = "a masked language model" if any(name.startswith("lm_head.") for name in heads) else "dense only"

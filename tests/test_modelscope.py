@@ -172,7 +172,7 @@ def test_an_unknown_id_is_an_error_that_names_it(hub: Hub) -> None:
 
 @pytest.mark.parametrize("name", ["modelscope:", "modelscope:iic", "modelscope:a/b/c", "modelscope:../b"])
 def test_what_is_no_id_is_refused_before_any_request(hub: Hub, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* or a ModelScope id such as 'modelscope:iic/"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* a ModelScope id takes 'modelscope:' before it"):
         find_folder(name)
     assert hub.requests == 0
 
