@@ -18,6 +18,7 @@ for module, extra in (
     ("gte_rag.chroma", "chroma"),
     ("langchain_gte", "langchain"),
     ("llama_index.embeddings.gte", "llama-index"),
+    ("llama_index.postprocessor.gte", "llama-index"),
     ("llama_index.retrievers.gte", "llama-index"),
     ("llama_index.vector_stores.gte", "llama-index"),
 ):

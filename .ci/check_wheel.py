@@ -11,11 +11,15 @@ REQUIRED = (
     "gte_rag/demo_data/documents.jsonl",
     "langchain_gte/py.typed",
     "llama_index/embeddings/gte/py.typed",
+    "llama_index/postprocessor/gte/py.typed",
     "llama_index/retrievers/gte/py.typed",
     "llama_index/vector_stores/gte/py.typed",
 )
 # An __init__.py in these would hide llama_index.core.
-FORBIDDEN = tuple(f"llama_index/{folder}__init__.py" for folder in ("", "embeddings/", "retrievers/", "vector_stores/"))
+FORBIDDEN = tuple(
+    f"llama_index/{folder}__init__.py"
+    for folder in ("", "embeddings/", "postprocessor/", "retrievers/", "vector_stores/")
+)
 MAX_MEGABYTES = 40
 
 

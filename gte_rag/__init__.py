@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gte_rag.encoder import GTEEncoder
     from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
     from gte_rag.records import Record
+    from gte_rag.reranker import GTEReranker, RerankResult
+    from gte_rag.reranking import RerankedHit, RerankingRetriever
     from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
     from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
@@ -23,11 +25,15 @@ __all__ = [
     "CollectionMismatchError",
     "Encoding",
     "GTEEncoder",
+    "GTEReranker",
     "Hit",
     "HybridCollection",
     "HybridRetriever",
     "MissingExtraError",
     "Record",
+    "RerankResult",
+    "RerankedHit",
+    "RerankingRetriever",
     "SparseMatrix",
     "SparseVector",
     "TokenMatch",
@@ -41,6 +47,8 @@ _HOMES = {
     "records": ("Record",),
     "chroma": ("HybridCollection",),
     "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
+    "reranker": ("GTEReranker", "RerankResult"),
+    "reranking": ("RerankedHit", "RerankingRetriever"),
 }
 
 

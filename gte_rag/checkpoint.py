@@ -28,12 +28,15 @@ from torch import Tensor
 from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
 from gte_rag.model import GTEModel
+from gte_rag.modelscope import download
 from gte_rag.tokenization import special_token_ids
 
 BUNDLED = {"gte-mini": Path(__file__).parent / "gte_mini"}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _PROMPTS_FILE = "config_sentence_transformers.json"
+_MODELSCOPE = "modelscope:"
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _HUB_FILES = [
     "config.json",
     "*.safetensors",
@@ -64,6 +67,8 @@ _FETCH_ERRORS = cast(
     "tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, OSError)
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SAVED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_RERANK_HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
 # Buffers some exports contain; they are computed here.
 _BUFFERS = re.compile(r"(inv_freq|position_ids|cos_cached|sin_cached)$")
 _SPECIAL_ROLES = ("cls_token", "bos_token", "eos_token", "sep_token", "pad_token", "unk_token")
@@ -83,6 +88,9 @@ class Checkpoint:
         weights: Parameters of `GTEModel` by name, in the file's dtype.
         sparse_head: Weight (1, C) and bias (1,) of the sparse head, or None.
         without_head: Why there is no sparse head, in words for an error message; empty when there is one.
+        rerank_head: Weight (C, C) and bias (C,) of the pooler, weight (1, C) and bias (1,) of the classifier of a reranker,
+            or None.
+        without_rerank_head: Why there is no reranker's head, likewise.
     """
 
     folder: Path
@@ -93,6 +101,8 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     sparse_head: tuple[Tensor, Tensor] | None
     without_head: str
+    rerank_head: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    without_rerank_head: str = ""
 
     def fingerprint(self) -> str:
         """Return 16 hex characters that name this model: the same for every layout and dtype it was saved in.
@@ -104,6 +114,7 @@ class Checkpoint:
         frequencies = [f"{frequency:.5g}" for frequency in self.config.inverse_frequencies().tolist()]
         digest.update(repr((self.config.num_heads, frequencies)).encode())
         head = dict(zip(("head.weight", "head.bias"), self.sparse_head or (), strict=False))
+        head |= dict(zip(_RERANK_HEAD, self.rerank_head or (), strict=False))
         for name, tensor in sorted({**self.weights, **head}.items()):
             flat = tensor.reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)].float().numpy()
@@ -123,10 +134,11 @@ def load_checkpoint(
     """Read a checkpoint.
 
     Args:
-        name_or_path: ``"gte-mini"`` (bundled), a folder, or a Hugging Face id such as
-            ``"Alibaba-NLP/gte-multilingual-base"``. Only an id causes network access.
-        revision: Branch, tag or commit of a Hugging Face id.
-        cache_dir: Where downloads are kept; by default Hugging Face's own cache.
+        name_or_path: ``"gte-mini"`` (bundled), a folder, a Hugging Face id such as
+            ``"Alibaba-NLP/gte-multilingual-base"``, or a ModelScope id such as
+            ``"modelscope:iic/gte_sentence-embedding_multilingual-base"``. Only an id causes network access.
+        revision: Branch, tag or commit of an id.
+        cache_dir: Where downloads are kept; by default the hub's own cache.
         local_files_only: Use what was downloaded before and never the network.
 
     Raises:
@@ -137,6 +149,7 @@ def load_checkpoint(
     tokenizer = _read_tokenizer(folder, config)
     weights, extra = _bring_to_model_names(_read_tensors(folder), config, folder)
     sparse_head, without_head = _sparse_head(extra, config, folder)
+    rerank_head, without_rerank_head = _rerank_head(extra, config, folder)
     return Checkpoint(
         folder=folder,
         config=config,
@@ -146,6 +159,8 @@ def load_checkpoint(
         weights=weights,
         sparse_head=sparse_head,
         without_head=without_head,
+        rerank_head=rerank_head,
+        without_rerank_head=without_rerank_head,
     )
 
 
@@ -156,10 +171,11 @@ def find_folder(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder that holds a checkpoint's ``config.json``, downloading a Hugging Face id if necessary.
+    """Return the folder that holds a checkpoint's ``config.json``, downloading the files of an id if necessary.
 
     Raises:
         CheckpointError: There is no such folder, or the id cannot be had.
+        MissingExtraError: A ModelScope id is given and its client is not installed.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"name_or_path is {type(name_or_path).__name__}; give a name, a folder or a Hugging Face id")
@@ -168,33 +184,70 @@ def find_folder(
         return BUNDLED[name]
     folder = Path(os.path.expanduser(name)).absolute()  # saving reads it again, perhaps from another working directory
     if not folder.is_dir():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or folder.exists():
+        if not re.fullmatch(_HUB_ID, name.removeprefix(_MODELSCOPE)) or folder.exists():
             raise CheckpointError(
-                f"no checkpoint {name!r}: give {' or '.join(map(repr, BUNDLED))}, an existing folder, or a Hugging Face "
-                "id such as 'Alibaba-NLP/gte-multilingual-base'"
+                f"no checkpoint {name!r}: give {' or '.join(map(repr, BUNDLED))}, an existing folder, or a Hugging Face id "
+                "such as 'Alibaba-NLP/gte-multilingual-base'; a ModelScope id takes 'modelscope:' before it, such as "
+                "'modelscope:iic/gte_sentence-embedding_multilingual-base'"
             )
-        try:
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                    local_files_only=local_files_only,
-                    allow_patterns=_HUB_FILES,
-                )
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        if name.startswith(_MODELSCOPE):
+            folder = download(
+                name.removeprefix(_MODELSCOPE),
+                patterns=_HUB_FILES,
+                revision=revision,
+                cache_dir=cache,
+                local_files_only=local_files_only,
             )
-        except _FETCH_ERRORS as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f"cannot fetch {name!r} from Hugging Face ({reason}). Check the name, the revision and the connection, or "
-                "give the folder of a copy on this machine"
-            ) from error
+        else:
+            folder = _fetch(name, revision=revision, cache_dir=cache, local_files_only=local_files_only)
     if not (folder / "config.json").is_file():
         nested = _first_module(folder)
         if nested is None:
             raise CheckpointError(f"{folder} has no config.json; give the folder that holds a checkpoint")
         folder = nested
     return folder
+
+
+def convert(
+    name_or_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Write a checkpoint of any layout anew in the native layout, so that other tools load it without remote code.
+
+    An encoder with a sparse head becomes a ``GteForTokenClassification``, a reranker a ``GteForSequenceClassification`` and
+    everything else a ``GteModel``; a head that this package does not use, such as that of a masked language model, is left
+    out.
+
+    Args:
+        name_or_path: What to read; see `load_checkpoint`.
+        folder: Where to write: a folder that does not exist yet, or is empty.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None keeps that of the checkpoint.
+        revision: Branch, tag or commit of an id.
+        cache_dir: Where downloads are kept; by default the hub's own cache.
+        local_files_only: Use what was downloaded before and never the network.
+
+    Returns:
+        What was read.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged or of another kind.
+        ValueError: The folder is not empty, `dtype` is another one or too narrow for a weight, or the native layout cannot
+            express the architecture.
+    """
+    if dtype is not None and dtype not in _SAVED_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(map(repr, _SAVED_DTYPES))} and None")
+    _check_target(folder)
+    checkpoint = load_checkpoint(
+        name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    save_checkpoint(checkpoint, folder, dtype=None if dtype is None else _SAVED_DTYPES[dtype])
+    return checkpoint
 
 
 def save_checkpoint(
@@ -210,19 +263,49 @@ def save_checkpoint(
         dtype: Dtype of the weights in the file; None keeps each as it is.
 
     Raises:
-        ValueError: The folder is not empty, or the native layout cannot express the architecture.
+        ValueError: The folder is not empty, the dtype is too narrow for a weight, or the native layout cannot express the
+            architecture.
     """
+    target = _check_target(folder)
+    raw = checkpoint.config.to_dict()
+    raw["architectures"] = ["GteModel"]
+    if checkpoint.rerank_head or checkpoint.sparse_head:
+        task = "SequenceClassification" if checkpoint.rerank_head else "TokenClassification"
+        raw["architectures"] = [f"GteFor{task}"]
+        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    tensors = {key: value.to(dtype or value.dtype).contiguous().cpu() for key, value in _native_names(checkpoint)}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} has values that {tensor.dtype} cannot hold; save as float32 or bfloat16")
+    raw["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files: dict[str, Any] = {"config.json": raw}
+    if not checkpoint.rerank_head:  # a reranker makes no vectors: sentence-transformers must not take it for an encoder
+        files |= _sentence_transformers_files(checkpoint)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        draft = Path(temporary) / "draft"
+        draft.mkdir()
+        for name, content in files.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in _TOKENIZER_FILES:
+            if name == "tokenizer.json" or (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, draft / name)
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        if target.exists():
+            target.rmdir()  # checked above: empty
+        draft.rename(target)
+
+
+def _check_target(folder: str | os.PathLike[str]) -> Path:
     target = Path(os.path.expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; give a new one")
-    raw = checkpoint.config.to_dict()
-    raw["architectures"] = ["GteForTokenClassification" if checkpoint.sparse_head else "GteModel"]
-    if checkpoint.sparse_head:
-        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    tensors = {key: value.to(dtype or value.dtype).contiguous().cpu() for key, value in _native_names(checkpoint)}
-    raw["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files: dict[str, Any] = {
-        "config.json": raw,
+    return target
+
+
+def _sentence_transformers_files(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
         "modules.json": [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -239,20 +322,25 @@ def save_checkpoint(
         },
         _PROMPTS_FILE: {"prompts": dict(checkpoint.prompts), "similarity_fn_name": "cosine"},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        draft = Path(temporary) / "draft"
-        draft.mkdir()
-        for name, content in files.items():
-            (draft / name).parent.mkdir(exist_ok=True)
-            (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for name in _TOKENIZER_FILES:
-            if name == "tokenizer.json" or (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, draft / name)
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        if target.exists():
-            target.rmdir()  # checked above: empty
-        draft.rename(target)
+
+
+def _fetch(name: str, *, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=_HUB_FILES,
+            )
+        )
+    except _FETCH_ERRORS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"cannot fetch {name!r} from Hugging Face ({reason}). Check the name, the revision and the connection, or "
+            "give the folder of a copy on this machine"
+        ) from error
 
 
 def _first_module(folder: Path) -> Path | None:
@@ -417,7 +505,9 @@ def _some(names: list[str]) -> str:
 def _sparse_head(heads: dict[str, Tensor], config: GTEConfig, folder: Path) -> tuple[tuple[Tensor, Tensor] | None, str]:
     """Return the sparse head, or None and the reason why there is none."""
     if any(name.startswith("pooler.") for name in heads):
-        return None, "it has a pooler: it is a reranker, whose classifier scores pairs and not tokens"
+        return None, (
+            "it has a pooler (GTEReranker scores pairs with it): it is a reranker, whose classifier scores pairs and not tokens"
+        )
     if "classifier.weight" not in heads:
         kind = "a masked language model" if any(name.startswith("lm_head.") for name in heads) else "dense only"
         return None, f"it has no classifier.weight: it is {kind}"
@@ -428,6 +518,29 @@ def _sparse_head(heads: dict[str, Tensor], config: GTEConfig, folder: Path) -> t
             f"a sparse head has (1, {config.hidden_size}) and (1,)"
         )
     return (weight, bias), ""
+
+
+def _rerank_head(
+    heads: dict[str, Tensor], config: GTEConfig, folder: Path
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor] | None, str]:
+    """Return the reranker's pooler and classifier, or None and the reason why there are none."""
+    absent = [name for name in ("pooler.dense.weight", "classifier.weight") if name not in heads]
+    if absent:
+        return None, f"it has no {' and no '.join(absent)}"
+    size, classifier_shape = config.hidden_size, tuple(heads["classifier.weight"].shape)
+    if classifier_shape[:1] != (1,):
+        return None, f"its classifier.weight has shape {classifier_shape}, and that of a reranker (1, {size})"
+    fallback = {"pooler.dense.bias": torch.zeros(size), "classifier.bias": torch.zeros(1)}
+    pooler, pooler_bias, classifier, classifier_bias = (heads.get(name, fallback.get(name)) for name in _RERANK_HEAD)
+    assert pooler is not None
+    assert pooler_bias is not None
+    assert classifier is not None
+    assert classifier_bias is not None
+    head = (pooler, pooler_bias, classifier, classifier_bias)
+    for name, tensor, shape in zip(_RERANK_HEAD, head, ((size, size), (size,), (1, size), (1,)), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {tuple(tensor.shape)}; config.json makes it {shape}")
+    return head, ""
 
 
 def _native_names(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
@@ -448,6 +561,9 @@ def _native_names(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
         name = re.sub(r"^embeddings_ln\.", "embeddings.LayerNorm.", name).replace(".attention.", ".self_attn.")
         name = name.replace(".attn_ln.", ".post_attention_layernorm.").replace(".mlp_ln.", ".post_mlp_layernorm.")
         renamed.append((f"gte.{name}", tensor))
-    if checkpoint.sparse_head:
+    if checkpoint.rerank_head:
+        names = (f"gte.{name}" if name.startswith("pooler.") else name for name in _RERANK_HEAD)
+        renamed += zip(names, checkpoint.rerank_head, strict=True)
+    elif checkpoint.sparse_head:
         renamed += zip(("classifier.weight", "classifier.bias"), checkpoint.sparse_head, strict=True)
     return renamed

@@ -23,7 +23,7 @@ from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
 from gte_rag.heads import dense_vectors, sparse_rows, token_weights
 from gte_rag.model import GTEModel
-from gte_rag.tokenization import Batch, check_texts, pack, tokenize
+from gte_rag.tokenization import Batch, check_pairs, check_texts, pack, tokenize
 from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
 # Tokens of a batch. Enough rows to feed the matrix products, few enough that the activations stay near the cores.
@@ -98,14 +98,15 @@ class GTEEncoder:
         """Load a GTE checkpoint.
 
         Args:
-            name_or_path: ``"gte-mini"`` (bundled, no download), a folder, or a Hugging Face id such as
-                ``"Alibaba-NLP/gte-multilingual-base"``.
+            name_or_path: ``"gte-mini"`` (bundled, no download), a folder, a Hugging Face id such as
+                ``"Alibaba-NLP/gte-multilingual-base"``, or a ModelScope id such as
+                ``"modelscope:iic/gte_sentence-embedding_multilingual-base"``.
             device: A torch device such as ``"cpu"`` or ``"cuda:1"``; None takes a GPU if torch sees one.
             precision: ``"auto"`` or ``"float32"``.
             dimension: Length of the dense vectors, `config.min_dimension` to `config.hidden_size`; None is the largest.
             max_length: Longest text in tokens, 3 to the model's own limit (8,192), special tokens included.
-            revision: Branch, tag or commit of a Hugging Face id.
-            cache_dir: Where downloads are kept; by default Hugging Face's own cache.
+            revision: Branch, tag or commit of an id.
+            cache_dir: Where downloads are kept; by default the hub's own cache.
             local_files_only: Use what was downloaded before and never the network.
 
         Raises:
@@ -241,11 +242,7 @@ class GTEEncoder:
             ValueError: A text is not valid Unicode, or a weight is not finite.
             CheckpointError: The sparse score is asked for and the checkpoint has no sparse head.
         """
-        if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
-            raise TypeError(f"pairs is {type(pairs).__name__}; give a list of (query, document) tuples")
-        for position, pair in enumerate(pairs):
-            if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise TypeError(f"pairs[{position}] is {pair!r:.80}; every pair must be a (query, document) tuple")
+        pairs = check_pairs(pairs)
         for name, weight in (("dense_weight", dense_weight), ("sparse_weight", sparse_weight)):
             if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
                 raise TypeError(f"{name} is {weight!r}; give a number")

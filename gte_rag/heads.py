@@ -1,4 +1,4 @@
-"""From hidden states to vectors: pure functions without weights of their own.
+"""From hidden states to vectors and scores: pure functions without weights of their own.
 
 Semantics are those of the reference script of the upstream model repository: the dense vector is the first token's hidden
 state, cut and **then** normalised; the sparse weight of a token is the largest one among its occurrences.
@@ -42,6 +42,25 @@ def token_weights(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ``relu(hidden @ weight + bias)``, float32, shape (T,).
     """
     return torch.relu(functional.linear(hidden, weight, bias)).squeeze(-1).float()
+
+
+def rerank_scores(
+    first_hidden: Tensor, pooler_weight: Tensor, pooler_bias: Tensor, classifier_weight: Tensor, classifier_bias: Tensor
+) -> Tensor:
+    """Apply a reranker's pooler and classifier to the first tokens' hidden states.
+
+    Args:
+        first_hidden: Hidden states of the first tokens, shape (pairs, C).
+        pooler_weight: float32, shape (C, C).
+        pooler_bias: float32, shape (C,).
+        classifier_weight: float32, shape (1, C).
+        classifier_bias: float32, shape (1,).
+
+    Returns:
+        The logits ``classifier(tanh(pooler(first_hidden)))``, float32, shape (pairs,).
+    """
+    pooled = torch.tanh(functional.linear(first_hidden.float(), pooler_weight, pooler_bias))
+    return functional.linear(pooled, classifier_weight, classifier_bias).squeeze(-1)
 
 
 def sparse_rows(

@@ -133,12 +133,13 @@ class GTEModel(nn.Module):
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
-    def forward(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Compute the hidden state of every token of a packed batch.
 
         Args:
             token_ids: int64, shape (T,), on the device of the weights.
             cu_seqlens: int64, shape (texts + 1,), on the CPU: text j lies at ``cu_seqlens[j]:cu_seqlens[j + 1]``.
+            token_types: Rows of the token-type table, int64, shape (T,); None is row 0 everywhere.
 
         Returns:
             Hidden states of the last layer, shape (T, C), in the dtype of the weights.
@@ -146,7 +147,8 @@ class GTEModel(nn.Module):
         lengths: list[int] = cu_seqlens.diff().tolist()
         hidden = self.word_embeddings(token_ids)  # (T, C)
         if self.token_type_embeddings is not None:
-            hidden = hidden + self.token_type_embeddings.weight[0]
+            table = self.token_type_embeddings
+            hidden = hidden + (table.weight[0] if token_types is None else table(token_types))
         hidden = self.embeddings_ln(hidden)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(token_ids.device)
         cos, sin = self.rotary.table(max(lengths), hidden)[:, positions].unsqueeze(2)  # each (T, 1, D)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,27 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     return checked
 
 
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the pairs as a list, or refuse what is not a list of pairs of encodable strings.
+
+    Raises:
+        TypeError: Something else than a list was given, or an item is not a pair of strings.
+        ValueError: A text holds a lone surrogate, which no encoding can write.
+    """
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
+        raise TypeError(f"pairs is {type(pairs).__name__}; give a list of (query, document) tuples")
+    checked: list[tuple[str, str]] = []
+    for position, pair in enumerate(pairs):
+        if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"pairs[{position}] is {pair!r:.80}; every pair must be a (query, document) tuple")
+        try:
+            query, document = check_texts(pair)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"pairs[{position}]: {error}") from None
+        checked.append((query, document))
+    return checked
+
+
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
     """Turn texts into token ids with the special tokens around them.
 
@@ -75,6 +97,94 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tup
             encoded[position] = ids[: max_length - 1] + ids[-1:]
             truncated += 1
     return encoded, truncated
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """How a tokenizer joins two texts, ``<s> first </s> </s> second </s>`` for example.
+
+    Attributes:
+        specials: Ids of the special tokens before, between and after the texts.
+        type_ids: Token types of the five parts: specials, first text, specials, second text, specials.
+    """
+
+    specials: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    type_ids: tuple[int, int, int, int, int]
+
+    @property
+    def num_specials(self) -> int:
+        """Number of special tokens around a pair."""
+        return sum(map(len, self.specials))
+
+
+def pair_template(tokenizer: Tokenizer) -> PairTemplate:
+    """Read the template off the tokenizer's own encoding of a pair.
+
+    Raises:
+        ValueError: The tokenizer does not put a pair's two texts, in order, between special tokens.
+    """
+    probe = tokenizer.encode("a", "a")
+    tokens = zip(probe.sequence_ids, probe.ids, probe.type_ids, strict=True)
+    parts = [(key, [token[1:] for token in group]) for key, group in groupby(tokens, key=lambda token: token[0])]
+    type_ids = [{type_id for _, type_id in part} for _, part in parts]
+    if [key for key, _ in parts] != [None, 0, None, 1, None] or any(len(types) > 1 for types in type_ids):
+        raise ValueError("the tokenizer does not join two texts with special tokens before, between and after them")
+    first, between, last = (tuple(token_id for token_id, _ in parts[index][1]) for index in (0, 2, 4))
+    one, two, three, four, five = (types.pop() for types in type_ids)
+    return PairTemplate((first, between, last), (one, two, three, four, five))
+
+
+def shorten_pair(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of each text to keep so that both fit: the longer one is cut first.
+
+    A text of at most half the room stays whole; if both are longer, each gets half, and the longer one the odd token. This is
+    the strategy ``longest_first`` of `tokenizers`, which ``truncation=True`` means in the reference.
+
+    Args:
+        first: Tokens of the first text.
+        second: Tokens of the second text.
+        room: Tokens for both together.
+    """
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if min(first, second) <= half:
+        return (first, room - first) if first <= second else (room - second, second)
+    return (half, room - half) if first <= second else (room - half, half)
+
+
+def tokenize_pairs(
+    tokenizer: Tokenizer, template: PairTemplate, pairs: Sequence[tuple[str, str]], max_length: int
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """Turn pairs of texts into token ids with the special tokens around them; a text that occurs twice is tokenized once.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer, without padding or truncation of its own.
+        template: What `pair_template` read off this tokenizer.
+        pairs: Pairs of checked texts.
+        max_length: The longest result in tokens, special tokens included; `shorten_pair` says what a longer pair loses.
+
+    Returns:
+        The ids of each pair, the token types of each pair, and how many pairs were cut.
+    """
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids_of: dict[str, list[int]] = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+    before, between, after = template.specials
+    room = max_length - template.num_specials
+    token_ids: list[list[int]] = []
+    type_ids: list[list[int]] = []
+    truncated = 0
+    for pair in pairs:
+        first, second = (ids_of[text] for text in pair)
+        kept = shorten_pair(len(first), len(second), room)
+        truncated += kept != (len(first), len(second))
+        parts = (before, first[: kept[0]], between, second[: kept[1]], after)
+        token_ids.append([token_id for part in parts for token_id in part])
+        type_ids.append(
+            [type_id for type_id, part in zip(template.type_ids, parts, strict=True) for _ in range(len(part))]
+        )
+    return token_ids, type_ids, truncated
 
 
 def pack(token_ids: Sequence[Sequence[int]], max_tokens: int) -> Iterator[Batch]:

@@ -620,3 +620,37 @@ def transformers_vectors(
                 weight, bias = tensors["classifier.weight"].float(), tensors["classifier.bias"].float()
                 weights.append(torch.nn.functional.linear(hidden, weight, bias)[:, 0].relu().numpy())
     return dense, weights
+
+
+def transformers_scores(native_folder: Path, pairs: Sequence[tuple[str, str]], max_length: int) -> NDArray[np.float32]:
+    """Score pairs as the reranker's model card does: with the tokenizer of ``transformers``, padded, in float32.
+
+    Args:
+        native_folder: A reranker of a native layout.
+        pairs: Queries and texts.
+        max_length: Longest pair in tokens.
+
+    Returns:
+        The logits, shape (number of pairs,).
+    """
+    from transformers import AutoTokenizer, GteForSequenceClassification
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(native_folder)
+    loaded: Any = GteForSequenceClassification.from_pretrained(
+        native_folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model, report = loaded
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError(f"{native_folder} does not fill the model: {report}")
+    model.eval()
+    inputs = tokenizer(
+        [list(pair) for pair in pairs],
+        padding=True,
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=model.config.type_vocab_size > 1,  # as the tokenizer classes of BERT do, not of XLM-R
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        scores: NDArray[np.float32] = model(**inputs).logits.view(-1).numpy()
+    return scores

@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
 
-from gte_rag import GTEEncoder
+from checkpoints import build, find_variant
+from gte_rag import GTEEncoder, GTEReranker
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 def encoder() -> GTEEncoder:
     """The bundled encoder, loaded once."""
     return GTEEncoder.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random reranker in the original layout."""
+    return build(find_variant("multilingual-reranker"), tmp_path_factory.mktemp("reranker"))
+
+
+@pytest.fixture(scope="session")
+def reranker(reranker_folder: Path) -> GTEReranker:
+    """The small random reranker, loaded once."""
+    return GTEReranker.from_pretrained(reranker_folder, device="cpu", precision="float32")
 
 
 @pytest.fixture

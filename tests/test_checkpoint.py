@@ -607,10 +607,21 @@ def test_a_home_folder_is_expanded(folder: Path, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "saved").is_dir()
 
 
-def test_the_heads_of_other_tasks_are_not_saved(tmp_path: Path) -> None:
-    variant: Variant = find_variant("multilingual-reranker")
+def test_a_masked_language_model_is_saved_without_its_head(tmp_path: Path) -> None:
+    variant: Variant = find_variant("multilingual-mlm")
     load(build(variant, tmp_path / "original")).save_pretrained(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    assert not [key for key in saved if key.startswith(("classifier", "gte.pooler"))]
+    assert not [key for key in saved if "lm_head" in key]
     with pytest.raises(CheckpointError, match="it is dense only"):
         load(tmp_path / "saved").encode_documents(["a"])
+
+
+def test_a_reranker_is_saved_with_its_head(tmp_path: Path) -> None:
+    load(build(find_variant("multilingual-reranker"), tmp_path / "original")).save_pretrained(tmp_path / "saved")
+    heads = [
+        key for key in load_file(tmp_path / "saved" / "model.safetensors") if "pooler" in key or "classifier" in key
+    ]
+    assert sorted(heads) == [
+        *("classifier.bias", "classifier.weight"),
+        *("gte.pooler.dense.bias", "gte.pooler.dense.weight"),
+    ]

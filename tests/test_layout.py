@@ -19,8 +19,10 @@ LAYERS = (
     "tokenization",
     "model",
     "heads",
+    "modelscope",
     "checkpoint",
     "encoder",
+    "reranker",
     "highlighting",
     "shared",
     "fusion",
@@ -32,14 +34,18 @@ LAYERS = (
     "neighbours",
     "embedding_functions",
     "retriever",
+    "reranking",
     "indexing",
     "demo",
     "cli",
     "__main__",
 )
+# Kinds of adapters under integrations/llama_index.
+ADAPTERS = ("embeddings", "postprocessor", "retrievers", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
     "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
+    "modelscope_hub": {"modelscope"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
@@ -91,13 +97,12 @@ def test_no_pickle_and_no_remote_code() -> None:
 
 
 def test_namespace_packages_have_no_init() -> None:
-    for folder in ("llama_index", "llama_index/embeddings", "llama_index/retrievers", "llama_index/vector_stores"):
+    for folder in ("llama_index", *(f"llama_index/{name}" for name in ADAPTERS)):
         assert not (ROOT / "integrations" / folder / "__init__.py").exists()
 
 
 def test_every_import_package_is_typed() -> None:
-    adapters = ("embeddings", "retrievers", "vector_stores")
-    packages = ("gte_rag", "integrations/langchain_gte", *(f"integrations/llama_index/{name}/gte" for name in adapters))
+    packages = ("gte_rag", "integrations/langchain_gte", *(f"integrations/llama_index/{name}/gte" for name in ADAPTERS))
     for package in packages:
         assert (ROOT / package / "py.typed").is_file(), package
 
@@ -107,6 +112,7 @@ def test_every_import_package_is_typed() -> None:
     [
         ("langchain_gte", "langchain_core", "langchain"),
         ("llama_index.embeddings.gte", "llama_index.core", "llama-index"),
+        ("llama_index.postprocessor.gte", "llama_index.core", "llama-index"),
         ("llama_index.retrievers.gte", "llama_index.core", "llama-index"),
         ("llama_index.vector_stores.gte", "llama_index.core", "llama-index"),
     ],

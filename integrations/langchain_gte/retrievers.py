@@ -16,6 +16,7 @@ from gte_rag.chroma import HybridCollection
 from gte_rag.encoder import GTEEncoder
 from gte_rag.retriever import Hit, HybridRetriever
 from langchain_gte.embeddings import GTEEmbeddings
+from langchain_gte.reranker import RERANK_SCORE_KEY
 
 if TYPE_CHECKING:
     from langchain_chroma import Chroma
@@ -29,7 +30,8 @@ class GTEHybridRetriever(BaseRetriever):
 
     Each `Document` has the record's text, id and metadata. Three keys of its metadata are always the retriever's and never
     come from the record: ``gte_score`` (what the results are ordered by), ``gte_dense_score`` (cosine) and
-    ``gte_sparse_score``. `add_documents` leaves them out, so that retrieved documents can be stored again.
+    ``gte_sparse_score``. `add_documents` leaves them and the reranker's ``gte_rerank_score`` out, so that retrieved documents
+    can be stored again.
 
     ```python
     retriever = GTEHybridRetriever(collection=collection, k=5)
@@ -160,7 +162,8 @@ class GTEHybridRetriever(BaseRetriever):
         """
         ids = [document.id or str(uuid.uuid4()) for document in documents]
         metadatas = [
-            {key: value for key, value in document.metadata.items() if key not in SCORE_KEYS} for document in documents
+            {key: value for key, value in document.metadata.items() if key not in (*SCORE_KEYS, RERANK_SCORE_KEY)}
+            for document in documents
         ]
         self.collection.upsert(ids, [document.page_content for document in documents], metadatas=metadatas)
         return ids

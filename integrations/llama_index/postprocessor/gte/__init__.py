@@ -1,0 +1,5 @@
+"""GTE reranking for LlamaIndex."""
+
+from llama_index.postprocessor.gte.base import GTERerank
+
+__all__ = ["GTERerank"]
