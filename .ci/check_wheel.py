@@ -15,9 +15,7 @@ REQUIRED = (
     "llama_index/vector_stores/gte/py.typed",
 )
 # An __init__.py in these would hide llama_index.core.
-FORBIDDEN = tuple(
-    f"llama_index/{folder}__init__.py" for folder in ("", "embeddings/", "retrievers/", "vector_stores/")
-)
+FORBIDDEN = tuple(f"llama_index/{folder}__init__.py" for folder in ("", "embeddings/", "retrievers/", "vector_stores/"))
 MAX_MEGABYTES = 40
 
 

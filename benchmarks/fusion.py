@@ -4,7 +4,7 @@
 
 Every folder holds corpus.jsonl, queries.jsonl (both may be gzipped) and qrels.tsv. Scores are computed exactly, over all
 passages; ``rescore`` fuses the 100 best dense ones, ``union`` these and the 100 best sparse ones. ``tuned`` is what
-`HybridRetriever.tune` would choose, its figure that of the held-out half of the queries, next to the default's on the same half.
+`HybridRetriever.tune` would choose; its figure is that of the held-out half of the queries, beside the default's.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def main() -> None:
     result = {
         "command": " ".join(["python", "benchmarks/fusion.py", *(f.name for f in options.folders)]),
         "model": f"{encoder.name} ({encoder.fingerprint}), texts cut at {options.max_length} tokens",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "torch": version("torch"),
         "ndcg@10": sets,
     }
     if options.out:

@@ -24,7 +24,10 @@ from gte_rag.demo import read_documents
 from langchain_gte import GTEHybridRetriever
 
 QUESTIONS = ("How long does sourdough rise?", "Was bedeutet ECONNREFUSED?", "Что делать при ожоге?")
-INSTRUCTION = "Answer the question from the numbered passages only, in its language, and cite their numbers. Say so if they do not hold the answer."
+INSTRUCTION = (
+    "Answer the question from the numbered passages only, in its language, and cite their numbers. "
+    "Say so if they do not hold the answer."
+)
 
 Answer = Callable[[str, list[Document], list[BaseMessage]], str]
 
@@ -32,7 +35,9 @@ Answer = Callable[[str, list[Document], list[BaseMessage]], str]
 def load_passages(folder: Path | None) -> Iterable[Document]:
     """Return paragraphs of the text and Markdown files in a folder, or the bundled demo texts."""
     if folder is None:
-        return [Document(document.text, id=document.id, metadata={"source": document.id}) for document in read_documents()]
+        return [
+            Document(document.text, id=document.id, metadata={"source": document.id}) for document in read_documents()
+        ]
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".md"))
     return [
         Document(paragraph.strip(), id=f"{path}#{number}", metadata={"source": str(path)})
@@ -53,7 +58,9 @@ def chat_model(name: str) -> Answer:
     try:
         from langchain.chat_models import init_chat_model
     except ImportError:
-        sys.exit("--model needs the package langchain and the one of the provider: pip install langchain langchain-openai")
+        sys.exit(
+            "--model needs the package langchain and the one of the provider: pip install langchain langchain-openai"
+        )
     model: Any = init_chat_model(name)
 
     def ask(question: str, passages: list[Document], history: list[BaseMessage]) -> str:
@@ -90,7 +97,9 @@ def main() -> None:
         passages = retriever.invoke(question)
         reply = answer(question, passages, history[-6:])
         history += [HumanMessage(question), AIMessage(reply)]
-        sources = ", ".join(f"[{number}] {passage.metadata['source']}" for number, passage in enumerate(passages, start=1))
+        sources = ", ".join(
+            f"[{number}] {passage.metadata['source']}" for number, passage in enumerate(passages, start=1)
+        )
         print(f"\nQ: {question}\nA: {reply}\n   sources: {sources}")
 
 

@@ -29,4 +29,6 @@ for question, where in (
     print(f"\n{question}")
     for hit in retriever.search(question, where=where):
         matched = ", ".join(f"{match.token} {match.weight:.2f}" for match in hit.matches)
-        print(f"  {hit.score:5.2f} = {hit.dense_score:.2f} + 0.3 × {hit.sparse_score:.2f}  {hit.text}\n         [{matched}]")
+        print(
+            f"  {hit.score:5.2f} = {hit.dense_score:.2f} + 0.3 × {hit.sparse_score:.2f}  {hit.text}\n         [{matched}]"
+        )

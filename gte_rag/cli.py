@@ -1,7 +1,7 @@
 """The command line ``gte-rag``: argument parsing and printing only.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 the command could not do (all of) its work,
-2 it was called wrongly or a package is missing, 130 interrupted, 141 the reader of stdout went away.
+2 it was called wrongly or a package is missing, 130 interrupted. When the reader of stdout goes away, it ends silently with 1.
 
 Everything that takes time to import is imported where it is needed, so that ``gte-rag --help`` answers at once and works
 without the optional packages.
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 import unicodedata
@@ -46,11 +47,14 @@ _FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:m
 # Lines of standard input that `encode` reads, encodes and prints together.
 _ENCODE_GROUP = 64
 _EXCERPT_CHARACTERS = 400
+_WORD_CHARACTERS = 20  # an excerpt is cut between words if a space is as near as this
 # A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
 _HIGHLIGHTED_SHARE = 0.03
 # Control characters in an indexed text must not reach the terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-_SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "BOPOMOFO")
+# Characters that JSON allows in strings, and that terminals obey or that readers of lines take for the end of one.
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
+_SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "BOPOMOFO")
 
 
 class _CommandError(Exception):
@@ -87,15 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         _abandon_stdout()
-        return 141
+        return 1
     except _CommandError as error:
         _say(str(error))
         return error.code
     except MissingExtraError as error:
         _say(str(error))
         return 2
-    except (CheckpointError, CollectionMismatchError, OSError, *_chroma_errors("ChromaError")) as error:
+    except (CheckpointError, CollectionMismatchError, OSError) as error:
         _say(str(error))
+        return 1
+    except _chroma_errors("ChromaError") as error:  # a damaged or read-only database, a full disk
+        _say(f"Chroma: {error}")
         return 1
 
 
@@ -405,27 +412,37 @@ def _passage(encoder: GTEEncoder, hit: Hit, *, full: bool) -> Text:
 
 
 def _matching_spans(encoder: GTEEncoder, text: str, tokens: Collection[str]) -> list[tuple[int, int]]:
-    """Return where a text holds one of the tokens, as the model's tokenizer cuts it, neighbours joined.
+    """Return where a text holds one of the tokens, as the model's tokenizer cuts it.
 
-    A single letter within a word is left out, unless its script writes no spaces between words.
+    A word that is matched by half or more is marked whole. Of other words only a beginning of three letters or more is
+    marked: a syllable in the middle says nothing to the eye.
     """
     encoding = encoder.tokenizer.encode(text)
-    spans: list[tuple[int, int]] = []
+    marked = [False] * len(text)
     for string, (start, end) in zip(encoder.token_strings(encoding.ids), encoding.offsets, strict=True):
-        if string not in tokens or not any(character.isalnum() for character in string):
+        if string in tokens and any(character.isalnum() for character in string):
+            marked[start:end] = [not character.isspace() for character in text[start:end]]
+    for word in re.finditer(r"\w+", text):
+        start, end = word.span()
+        if not any(marked[start:end]) or _is_written_without_spaces(word[0]):
             continue
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        if spans and start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        elif start < end:
-            spans.append((start, end))
-    return [span for span in spans if not _is_letter_within_word(text, *span)]
+        if 2 * sum(marked[start:end]) >= end - start:
+            marked[start:end] = [True] * (end - start)
+        else:
+            beginning = [*marked[start:end], False].index(False)
+            beginning = beginning if beginning >= 3 else 0
+            marked[start:end] = [True] * beginning + [False] * (end - start - beginning)
+    spans, place = [], 0
+    for is_marked, run in itertools.groupby(marked):
+        length = len(list(run))
+        if is_marked:
+            spans.append((place, place + length))
+        place += length
+    return spans
 
 
-def _is_letter_within_word(text: str, start: int, end: int) -> bool:
-    if end - start > 1 or unicodedata.name(text[start], "").startswith(_SCRIPTS_WITHOUT_SPACES):
-        return False
-    return text[:start][-1:].isalnum() or text[end:][:1].isalnum()
+def _is_written_without_spaces(word: str) -> bool:
+    return any(unicodedata.name(character, "").startswith(_SCRIPTS_WITHOUT_SPACES) for character in word)
 
 
 def _excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -439,10 +456,10 @@ def _excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
     starts = [0, *(max(0, first - _EXCERPT_CHARACTERS // 8) for first, _ in spans)]
     start = min(max(starts, key=covered), len(text) - _EXCERPT_CHARACTERS)
     end = start + _EXCERPT_CHARACTERS
-    if start:
-        start += next((place for place, character in enumerate(text[start : start + 20], 1) if character.isspace()), 0)
-    if end < len(text):
-        end -= next((place for place, character in enumerate(text[end - 20 : end][::-1]) if character.isspace()), 0)
+    if start and (space := re.search(r"\s+", text[start : start + _WORD_CHARACTERS])):
+        start += space.end()
+    if end < len(text) and (space := re.search(r"\s+\S*$", text[end - _WORD_CHARACTERS : end])):
+        end -= _WORD_CHARACTERS - space.start()
     return start, end
 
 
@@ -541,7 +558,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     encoder = _load_encoder(arguments.model, arguments.device, None)
     console = _console(sys.stdout)
     started = time.monotonic()
-    documents = {document.id: document for document in demo.load_documents()}
+    documents = {document.id: document for document in demo.read_documents()}
     languages = {document.language for document in documents.values()}
     console.print(f"Indexing {len(documents)} documents in {len(languages)} languages with {encoder.name} …")
     right = count = 0
@@ -594,8 +611,9 @@ def _load_encoder_of_index(
 
 def _open_client(folder: Path) -> ClientAPI:
     import chromadb
+    from chromadb.config import Settings
 
-    return chromadb.PersistentClient(str(folder), settings=chromadb.Settings(anonymized_telemetry=False))
+    return chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
 
 
 def _recorded(client: ClientAPI, name: str) -> dict[str, Any] | None:
@@ -621,10 +639,10 @@ def _as_usage_error() -> Iterator[None]:
         raise _CommandError(str(error), 2) from error
 
 
-def _chroma_errors(*names: str) -> tuple[type[Exception], ...]:
-    """Return Chroma's exceptions of these names; none while Chroma is not imported."""
+def _chroma_errors(name: str) -> tuple[type[Exception], ...]:
+    """Return Chroma's exception of this name; none while Chroma is not imported."""
     errors = sys.modules.get("chromadb.errors")
-    return tuple(getattr(errors, name) for name in names) if errors else ()
+    return (getattr(errors, name),) if errors else ()
 
 
 def _console(stream: TextIO) -> Console:
@@ -650,7 +668,7 @@ def _print(line: str) -> None:
 
 def _print_json(value: dict[str, Any], indent: int | None = 2) -> None:
     is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
-    print(json.dumps(value, ensure_ascii=not is_unicode, indent=indent))
+    print(json.dumps(value, ensure_ascii=not is_unicode, indent=indent).translate(_JSON_ESCAPES))
 
 
 def _say(message: str) -> None:

@@ -71,7 +71,7 @@ class _Options:
 
 @register_embedding_function
 class GTEEmbeddingFunction(_Options, EmbeddingFunction[Documents]):
-    """Dense GTE vectors for a Chroma collection: ``client.create_collection(name, embedding_function=GTEEmbeddingFunction())``."""
+    """Dense GTE vectors, for the `embedding_function` of a Chroma collection."""
 
     def __call__(self, input: Documents) -> Embeddings:
         """Return a unit vector, float32, for each document."""

@@ -1,28 +1,61 @@
-"""Files and folders in, a synchronised collection out.
+"""Documents in, synchronised collection out: files and folders are read, split into chunks, encoded and stored.
 
-The state lives in the collection itself: every chunk carries the digest of its document and the number of chunks the document
-has. A document is up to date when all its chunks are there with the right digest, so a run that was interrupted, at any
-moment, leaves a usable index and the next run completes it.
+The collection itself is the only state. Every chunk carries, in its metadata,
+
+- ``source``: where the document comes from, the absolute path of a file,
+- ``chunk``: its number within the document, from 0,
+- ``chunks``: how many the document has,
+- ``document_digest``: a digest of the whole document and of how it was split,
+- ``heading``: in Markdown, the heading in force where the chunk begins; absent without one,
+
+and its id is made of source and number. So a second run can tell what is unchanged, changed, half-written or gone
+without a file beside the database, and an interrupted run is completed by repeating it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
 from gte_rag.chroma import HybridCollection
+from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import missing_extra
+from gte_rag.records import MetadataValue
 
-SUFFIXES = (".txt", ".md", ".markdown")
+try:
+    from semantic_text_splitter import MarkdownSplitter, TextSplitter
+except ImportError as error:
+    raise missing_extra("semantic-text-splitter", "cli") from error
+
+MARKDOWN_SUFFIXES = frozenset({".md", ".markdown"})
+TEXT_SUFFIXES = MARKDOWN_SUFFIXES | {".txt", ".text", ".rst"}
+STDIN_SOURCE = "<stdin>"
 CHUNK_TOKENS = 256
-_MARKDOWN = (".md", ".markdown")
-# Chunks encoded and written together.
-_GROUP = 512
+MIN_CHUNK_TOKENS = 16
 
-Splitter = Callable[[str], list[str]]
+# Part of every document digest: raise it when documents are split differently, and all are split anew.
+_SPLITTING = "1"
+# No token of the multilingual vocabularies is longer, so more characters than this a token cannot fit. Asking the tokenizer
+# about ever longer prefixes of a word without boundaries (base64, a hash dump) takes quadratic time.
+_LONGEST_TOKEN = 16
+# Chunks encoded and written together: enough to fill the batches of the device, few enough to lose little when interrupted.
+_GROUP = {"cpu": 128}
+_GPU_GROUP = 1024
+# Documents looked up in the collection together.
+_LOOKUP_DOCUMENTS = 64
+_LOOKUP_CHARACTERS = 4_000_000
+_PAGE = 2000
+
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+_HEADING_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -30,9 +63,9 @@ class Document:
     """A text to be indexed.
 
     Attributes:
-        source: Where it comes from: an absolute path, or ``"stdin"``.
+        source: What names it: the absolute path of a file.
         text: The whole text.
-        markdown: Whether it is split as Markdown.
+        markdown: Whether it is split at Markdown's headings and blocks.
     """
 
     source: str
@@ -40,229 +73,432 @@ class Document:
     markdown: bool = False
 
 
-@dataclass
-class IndexReport:
-    """What a synchronisation did; documents are named by their source.
+@dataclass(frozen=True)
+class Failure:
+    """A document that could not be read.
 
     Attributes:
-        added: Documents that were not in the index.
-        updated: Documents that had changed, or were incomplete.
-        unchanged: Documents that were up to date.
-        removed: Documents that are no longer there.
-        empty: Documents without text; the index holds nothing of them.
-        failed: Documents that could not be read, with the reason; what the index holds of them is kept.
-        chunks: Number of chunks written.
+        source: What names it, or the folder whose contents could not be listed.
+        reason: Why, and what to do about it.
     """
 
-    added: list[str] = field(default_factory=list)
-    updated: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    chunks: int = 0
+    source: str
+    reason: str
 
 
-@dataclass
-class _Stored:
-    """What the collection holds of one document: its digests, the chunk count it should have, and the chunk ids."""
+@dataclass(frozen=True)
+class Selection:
+    """What was found in files and folders.
 
-    digests: set[str] = field(default_factory=set)
-    expected: set[int] = field(default_factory=set)
-    ids: list[str] = field(default_factory=list)
+    Attributes:
+        files: The files to read, each once.
+        failed: Folders that could not be listed, and entries with a suffix of a document that are no files.
+        ignored: Number of files in folders whose suffix is not one of `TEXT_SUFFIXES`.
+        roots: The absolute path of each file and folder that was named.
+    """
 
-    def is_complete(self, digest: str) -> bool:
-        return self.digests == {digest} and self.expected == {len(self.ids)}
+    files: tuple[Path, ...]
+    failed: tuple[Failure, ...]
+    ignored: int
+    roots: tuple[str, ...]
 
 
-def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Return the files that the paths name: themselves, and of folders all text and Markdown files below.
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a document.
 
-    Hidden files and folders and links to folders are skipped. Sorted, absolute, each once.
+    Attributes:
+        text: The part, without white space around it.
+        heading: The Markdown heading in force where it begins; empty without one.
+    """
+
+    text: str
+    heading: str = ""
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What `sync` did.
+
+    Attributes:
+        added: Number of documents that are new in the collection.
+        updated: Number of documents that were changed or incomplete and are now as given.
+        unchanged: Number of documents that were left alone.
+        removed: Number of documents below the roots that were not given any more.
+        chunks: Number of chunks encoded and written.
+        failed: The documents that could not be read; what the collection had of them is kept.
+        empty: Number of documents without any text; the collection holds nothing of them.
+    """
+
+    added: int
+    updated: int
+    unchanged: int
+    removed: int
+    chunks: int
+    failed: tuple[Failure, ...]
+    empty: int
+
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def sync(
+    collection: HybridCollection,
+    documents: Iterable[Document | Failure],
+    *,
+    roots: Sequence[str] = (),
+    chunk_tokens: int = CHUNK_TOKENS,
+    on_progress: Progress | None = None,
+) -> IndexReport:
+    """Make a collection hold exactly the given documents below the given roots.
+
+    Documents that are already there are skipped, changed ones replaced, missing ones added. What the collection has below
+    a root and was not given is removed; everything else in it is left alone. New chunks are written before the old ones
+    they replace are deleted, so an interruption at any moment leaves a collection that can be searched; repeating the call
+    completes it.
+
+    Args:
+        collection: Where to write.
+        documents: Documents with distinct sources, read as they are needed. A `Failure` is passed on to the report, and
+            what the collection has of its source, or below it, is kept.
+        roots: Sources, or folders of sources, that `documents` covers completely.
+        chunk_tokens: Longest chunk in tokens of the collection's encoder, special tokens included.
+        on_progress: Called with the number of documents read and the number of chunks written so far.
+
+    Raises:
+        TypeError: `chunk_tokens` is not a whole number, or `roots` a single string.
+        ValueError: `chunk_tokens` is out of range, or two documents have the same source.
+    """
+    if isinstance(roots, str):
+        raise TypeError(f"roots is the string {roots!r}; give a list of sources")
+    splitter = Splitter(collection.encoder, chunk_tokens=chunk_tokens)
+    writer = _Writer(collection)
+    counts = {"added": 0, "updated": 0, "unchanged": 0, "empty": 0}
+    failed: list[Failure] = []
+    given: set[str] = set()
+
+    def report_progress() -> None:
+        if on_progress is not None:
+            on_progress(len(given) + len(failed), writer.written)
+
+    for group in _groups(documents):
+        failed += [item for item in group if isinstance(item, Failure)]
+        texts = [item for item in group if isinstance(item, Document)]
+        stored = _stored(collection, [document.source for document in texts])
+        for document in texts:
+            if document.source in given:
+                raise ValueError(f"{document.source!r} was given twice; every document needs a source of its own")
+            given.add(document.source)
+            counts[_update(document, stored[document.source], splitter, writer)] += 1
+            while writer.is_full:
+                writer.write_group()
+                report_progress()
+        report_progress()
+    while writer.has_work:
+        writer.write_group()
+        report_progress()
+    kept = [failure.source for failure in failed]
+    vanished = [source for source in _sources(collection) if _below(source, roots)] if roots else []
+    vanished = [source for source in vanished if source not in given and not _below(source, kept)]
+    _remove(collection, vanished)
+    return IndexReport(**counts, removed=len(vanished), chunks=writer.written, failed=tuple(failed))
+
+
+def select_files(paths: Iterable[str | os.PathLike[str]]) -> Selection:
+    """Find the documents in files and folders.
+
+    A file that is named is taken whatever its suffix. A folder is searched with all its folders, sorted by name, for
+    files whose suffix is one of `TEXT_SUFFIXES`; hidden files and folders are passed over. Linked folders are followed,
+    but none is searched twice, so a loop of links ends.
+
+    Args:
+        paths: Files and folders.
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: A path is neither a file nor a folder.
     """
-    found: set[Path] = set()
+    files: dict[str, Path] = {}
+    failed: dict[str, Failure] = {}
+    ignored = 0
+    roots = []
     for given in paths:
-        path = Path(os.path.abspath(Path(given).expanduser()))
-        if path.is_file():
-            found.add(path)
-        elif path.is_dir():
-            for folder, subfolders, files in os.walk(path):
-                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-                found |= {
-                    Path(folder, name)
-                    for name in files
-                    if not name.startswith(".") and name.lower().endswith(SUFFIXES) and Path(folder, name).is_file()
-                }
-        elif path.exists():
-            raise ValueError(f"{given} is neither a file nor a folder")
-        else:
-            raise FileNotFoundError(f"{given} does not exist; give files, folders, or - for standard input")
-    return sorted(found)
+        root = _absolute(Path(given))
+        roots.append(str(root))
+        if not os.path.isdir(root):
+            if not os.path.lexists(root):
+                raise FileNotFoundError(f"{os.fspath(given)!r} does not exist; give files and folders that do")
+            files[str(root)] = root
+            continue
+        for path in _walk(root, failed):
+            if path.suffix.lower() not in TEXT_SUFFIXES:
+                ignored += 1
+                continue
+            reason = _why_not_a_file(path)
+            if reason:
+                failed[str(path)] = Failure(_printable(path), reason)
+            else:
+                files[str(path)] = path
+    return Selection(tuple(files.values()), tuple(failed.values()), ignored, tuple(roots))
 
 
-def read_document(path: Path) -> Document:
-    """Read a UTF-8 file, with or without byte order mark.
+def read_file(path: Path) -> Document | Failure:
+    """Read a UTF-8 text file; what is no UTF-8 text, or cannot be read, is a `Failure`."""
+    source = str(path)
+    if _printable(path) != source:
+        return Failure(_printable(path), "its name is no valid Unicode; rename it")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return Failure(source, error.strerror or str(error))
+    return _decode(source, data, markdown=path.suffix.lower() in MARKDOWN_SUFFIXES)
 
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not UTF-8 text.
+
+def read_stdin(stream: BinaryIO | None = None) -> Document | Failure:
+    """Read one plain text from standard input, or from another stream of bytes; its source is ``<stdin>``."""
+    return _decode(STDIN_SOURCE, (sys.stdin.buffer if stream is None else stream).read(), markdown=False)
+
+
+class Splitter:
+    """Split documents into chunks that the encoder reads as a whole.
+
+    Borders lie between paragraphs where possible, else between sentences, else between words; in Markdown between
+    sections and blocks first. The splitting is that of semantic-text-splitter, the length is counted in the encoder's own
+    tokens.
     """
-    data = path.read_bytes()
+
+    def __init__(self, encoder: GTEEncoder, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        """Set the longest chunk in tokens, special tokens included.
+
+        Raises:
+            TypeError: `chunk_tokens` is not a whole number.
+            ValueError: `chunk_tokens` is below 16 or above the encoder's `max_length`.
+        """
+        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
+            raise TypeError(f"chunk_tokens is {chunk_tokens!r}; give a whole number")
+        if not MIN_CHUNK_TOKENS <= chunk_tokens <= encoder.max_length:
+            raise ValueError(
+                f"chunk_tokens is {chunk_tokens}; chunks have {MIN_CHUNK_TOKENS} to {encoder.max_length} tokens, "
+                "special tokens included"
+            )
+        most_characters = chunk_tokens * _LONGEST_TOKEN
+
+        def length(text: str) -> int:
+            return len(text) if len(text) > most_characters else encoder.count_tokens(text)
+
+        self.chunk_tokens = chunk_tokens
+        self._text = TextSplitter.from_callback(length, chunk_tokens)
+        self._markdown = MarkdownSplitter.from_callback(length, chunk_tokens)
+
+    def split(self, document: Document) -> list[Chunk]:
+        """Return the chunks of a document in order; none for a document of white space."""
+        if not document.markdown:
+            return [Chunk(text) for text in self._text.chunks(document.text)]
+        headings = list(_headings(document.text))
+        chunks = []
+        heading, following = "", 0
+        for start, text in self._markdown.chunk_indices(document.text):
+            while following < len(headings) and headings[following][0] <= start:
+                heading = headings[following][1]
+                following += 1
+            chunks.append(Chunk(text, heading))
+        return chunks
+
+    def digest(self, document: Document) -> str:
+        """Return 32 hex characters that change with the text and with how it is split."""
+        manner = f"{_SPLITTING}:{self.chunk_tokens}:{'markdown' if document.markdown else 'text'}:"
+        return hashlib.blake2b((manner + document.text).encode("utf-8"), digest_size=16).hexdigest()
+
+
+class _Writer:
+    """Collects chunks and writes them in groups; a document's old chunks go after its last new one is written."""
+
+    def __init__(self, collection: HybridCollection) -> None:
+        self.written = 0
+        self._collection = collection
+        self._size = _GROUP.get(collection.encoder.device.type, _GPU_GROUP)
+        self._waiting: list[tuple[str, str, dict[str, MetadataValue]]] = []
+        self._outdated: list[tuple[int, list[str]]] = []  # after how many chunks which ids may go
+        self._accepted = 0
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._waiting) >= self._size
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._outdated)
+
+    def put(self, chunks: Iterable[tuple[str, str, dict[str, MetadataValue]]], outdated: list[str]) -> None:
+        before = len(self._waiting)
+        self._waiting += chunks
+        self._accepted += len(self._waiting) - before
+        if outdated:
+            self._outdated.append((self._accepted, outdated))
+
+    def write_group(self) -> None:
+        group, self._waiting = self._waiting[: self._size], self._waiting[self._size :]
+        if group:
+            ids, texts, metadatas = zip(*group, strict=True)
+            self._collection.upsert(ids, texts, metadatas=metadatas)
+            self.written += len(group)
+        done = [ids for position, ids in self._outdated if position <= self.written]
+        self._outdated = [entry for entry in self._outdated if entry[0] > self.written]
+        if done:
+            self._collection.delete([chunk_id for ids in done for chunk_id in ids])
+
+
+def _update(
+    document: Document, stored: Mapping[int, tuple[object, object]], splitter: Splitter, writer: _Writer
+) -> str:
+    """Hand what a document lacks in the collection to the writer, and say what becomes of the document."""
+    digest = splitter.digest(document)
+    if stored and all(stored.get(number) == (digest, len(stored)) for number in range(len(stored))):
+        return "unchanged"
+    chunks = splitter.split(document)
+    source = document.source
+    writer.put(
+        (
+            (
+                _chunk_id(source, number),
+                chunk.text,
+                {
+                    "source": source,
+                    "chunk": number,
+                    "chunks": len(chunks),
+                    "document_digest": digest,
+                    **({"heading": chunk.heading} if chunk.heading else {}),
+                },
+            )
+            for number, chunk in enumerate(chunks)
+            if stored.get(number) != (digest, len(chunks))  # what an interrupted run has written is kept
+        ),
+        [_chunk_id(source, number) for number in stored if number >= len(chunks)],
+    )
+    if not chunks:
+        return "empty"
+    return "updated" if stored else "added"
+
+
+def _stored(collection: HybridCollection, sources: Sequence[str]) -> dict[str, dict[int, tuple[object, object]]]:
+    """Return, for each source, the digest and number of chunks that each of its stored chunks carries."""
+    found: dict[str, dict[int, tuple[object, object]]] = {source: {} for source in sources}
+    if sources:
+        for source, number, metadata in _own_chunks(collection, {"source": {"$in": list(found)}}):
+            found[source][number] = (metadata.get("document_digest"), metadata.get("chunks"))
+    return found
+
+
+def _sources(collection: HybridCollection) -> list[str]:
+    return [source for source, _, _ in _own_chunks(collection, {"chunk": 0})]
+
+
+def _remove(collection: HybridCollection, sources: Sequence[str]) -> None:
+    for start in range(0, len(sources), _LOOKUP_DOCUMENTS):
+        where = {"source": {"$in": list(sources[start : start + _LOOKUP_DOCUMENTS])}}
+        numbers = [(source, number) for source, number, _ in _own_chunks(collection, where)]
+        # The first chunk is what shows a document to the next run, so it goes last.
+        numbers.sort(key=lambda item: -item[1])
+        collection.delete([_chunk_id(source, number) for source, number in numbers])
+
+
+def _own_chunks(collection: HybridCollection, where: dict[str, Any]) -> Iterator[tuple[str, int, Mapping[str, object]]]:
+    """Yield source, number and metadata of the records that `sync` wrote; other records are not its business."""
+    offset = 0
+    while True:
+        page = collection.collection.get(where=where, include=["metadatas"], limit=_PAGE, offset=offset)
+        for record_id, metadata in zip(page["ids"], page["metadatas"] or [], strict=True):
+            source, number = metadata.get("source"), metadata.get("chunk")
+            if isinstance(source, str) and isinstance(number, int) and record_id == _chunk_id(source, number):
+                yield source, number, metadata
+        if len(page["ids"]) < _PAGE:
+            return
+        offset += _PAGE
+
+
+def _chunk_id(source: str, number: int) -> str:
+    return f"{hashlib.blake2b(source.encode('utf-8'), digest_size=12).hexdigest()}-{number}"
+
+
+def _groups(documents: Iterable[Document | Failure]) -> Iterator[list[Document | Failure]]:
+    """Yield lists of documents that are few and, together, not too long."""
+    group: list[Document | Failure] = []
+    characters = 0
+    for item in documents:
+        group.append(item)
+        characters += len(item.text) if isinstance(item, Document) else 0
+        if len(group) == _LOOKUP_DOCUMENTS or characters >= _LOOKUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _below(source: str, roots: Iterable[str]) -> bool:
+    return any(source == root or source.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+
+
+def _absolute(path: Path) -> Path:
+    """Return a folder without links in its path, or a file by its own name in such a folder."""
+    return path.resolve() if os.path.isdir(path) else path.parent.resolve() / path.name
+
+
+def _walk(root: Path, failed: dict[str, Failure]) -> Iterator[Path]:
+    """Yield every file below a folder that is not hidden; note the folders that cannot be listed."""
+
+    def note(error: OSError) -> None:
+        folder = Path(error.filename)
+        failed[str(folder)] = Failure(_printable(folder), error.strerror or str(error))
+
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
+        enter = []
+        for name in sorted(folders):
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            # A link into the tree leads to what is read under its own name, one to a folder above it never ends.
+            leads_back = os.path.islink(path) and (_below(real, [str(root)]) or _below(str(root), [real]))
+            if not name.startswith(".") and real not in seen and not leads_back:
+                seen.add(real)
+                enter.append(name)
+        folders[:] = enter
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _why_not_a_file(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if stat.S_ISREG(mode) else "is not a regular file"  # a pipe or a device would be waited for
+
+
+def _printable(path: Path) -> str:
+    """Return a path as text; bytes that are no UTF-8 become replacement characters."""
+    return os.fsencode(path).decode("utf-8", "replace") if os.name == "posix" else str(path)
+
+
+def _decode(source: str, data: bytes, *, markdown: bool) -> Document | Failure:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Failure(source, "is UTF-16; convert it to UTF-8")
+    if b"\0" in data:
+        return Failure(source, "is binary, not text")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); convert it first") from None
-    if "\0" in text:
-        raise ValueError("holds NUL characters; it looks like a binary file")
-    return Document(str(path), text, path.suffix.lower() in _MARKDOWN)
+        return Failure(source, f"is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); convert it to UTF-8")
+    return Document(source, text.replace("\r\n", "\n").replace("\r", "\n"), markdown)
 
 
-def make_splitters(collection: HybridCollection, chunk_tokens: int) -> tuple[Splitter, Splitter]:
-    """Return a splitter for plain text and one for Markdown; both cut at the largest unit of meaning that fits.
-
-    Args:
-        collection: Its encoder's tokens are counted.
-        chunk_tokens: The longest chunk in tokens, without special tokens.
-
-    Raises:
-        ValueError: `chunk_tokens` is out of range.
-        MissingExtraError: The splitter is not installed.
-    """
-    try:
-        from semantic_text_splitter import MarkdownSplitter, TextSplitter
-    except ImportError as error:
-        raise missing_extra("semantic-text-splitter", "cli") from error
-    most = collection.encoder.max_length - 2
-    if not 8 <= chunk_tokens <= most:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; give a whole number from 8 to {most}")
-    tokenizer = collection.encoder.tokenizer
-    plain = TextSplitter.from_huggingface_tokenizer(tokenizer, chunk_tokens)
-    markdown = MarkdownSplitter.from_huggingface_tokenizer(tokenizer, chunk_tokens)
-    return plain.chunks, markdown.chunks
-
-
-def synchronise(
-    collection: HybridCollection,
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    extra: Sequence[Document] = (),
-    chunk_tokens: int = CHUNK_TOKENS,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> IndexReport:
-    """Bring a collection up to date with files and folders.
-
-    New and changed documents are split, encoded and written; unchanged ones are skipped; those that vanished from the named
-    folders are removed, while documents from elsewhere stay. Can be interrupted at any time and repeated.
-
-    Args:
-        collection: Where to.
-        paths: Files and folders.
-        extra: Further documents, such as standard input.
-        chunk_tokens: The longest chunk in tokens.
-        on_progress: Called with the number of documents done and in all.
-
-    Returns:
-        What was done.
-
-    Raises:
-        FileNotFoundError: A path does not exist; nothing was changed.
-        ValueError: A path or `chunk_tokens` is unusable; nothing was changed.
-    """
-    plain, markdown = make_splitters(collection, chunk_tokens)
-    files = find_files(paths)
-    stored = _stored_documents(collection)
-    report = IndexReport()
-    total = len(files) + len(extra)
-    pending: list[tuple[Document, str, list[str]]] = []
-    for done, document in enumerate(_read_all(files, extra, report), start=1):
-        if document is not None:
-            digest = _digest(f"{chunk_tokens}\0{document.markdown}\0{document.text}")
-            before = stored.get(document.source)
-            if before is not None and before.is_complete(digest):
-                report.unchanged.append(document.source)
-            else:
-                chunks = (markdown if document.markdown else plain)(document.text)
-                pending.append((document, digest, chunks))
-                outcome = report.added if before is None else report.updated
-                (outcome if chunks else report.empty).append(document.source)
-        if sum(len(chunks) for _, _, chunks in pending) >= _GROUP:
-            report.chunks += _write(collection, pending, stored)
-            pending = []
-            on_progress(done, total)
-    report.chunks += _write(collection, pending, stored)
-    on_progress(total, total)
-    report.removed = _remove_vanished(collection, stored, paths, {str(file) for file in files})
-    return report
-
-
-def _read_all(files: Sequence[Path], extra: Sequence[Document], report: IndexReport) -> Iterator[Document | None]:
-    """Yield every document, or None for one that cannot be read and is reported."""
-    yield from extra
-    for file in files:
-        try:
-            yield read_document(file)
-        except (OSError, ValueError) as error:
-            report.failed[str(file)] = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            yield None
-
-
-def _stored_documents(collection: HybridCollection) -> dict[str, _Stored]:
-    """Return what the collection holds, by source; records that were not indexed from documents are left alone."""
-    stored: dict[str, _Stored] = {}
-    page = 5000
-    for offset in range(0, collection.count(), page):
-        found = collection.collection.get(limit=page, offset=offset, include=["metadatas"])
-        for record_id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
-            source, digest, chunks = ((metadata or {}).get(key) for key in ("source", "document_digest", "chunks"))
-            if isinstance(source, str) and isinstance(digest, str) and isinstance(chunks, int):
-                entry = stored.setdefault(source, _Stored())
-                entry.digests.add(digest)
-                entry.expected.add(chunks)
-                entry.ids.append(record_id)
-    return stored
-
-
-def _write(
-    collection: HybridCollection, pending: Sequence[tuple[Document, str, list[str]]], stored: dict[str, _Stored]
-) -> int:
-    """Write documents, then delete chunks their former versions had beyond them; return the number of chunks written."""
-    ids: list[str] = []
-    texts: list[str] = []
-    metadatas: list[dict[str, str | int]] = []
-    stale: list[str] = []
-    for document, digest, chunks in pending:
-        own = [f"{_digest(document.source)}-{number:06d}" for number in range(len(chunks))]
-        ids += own
-        texts += chunks
-        metadatas += [
-            {"source": document.source, "chunk": number, "chunks": len(chunks), "document_digest": digest}
-            for number in range(len(chunks))
-        ]
-        stale += sorted(set(stored.get(document.source, _Stored()).ids) - set(own))
-    collection.upsert(ids, texts, metadatas=metadatas)
-    collection.delete(stale)
-    return len(ids)
-
-
-def _remove_vanished(
-    collection: HybridCollection,
-    stored: dict[str, _Stored],
-    paths: Sequence[str | os.PathLike[str]],
-    present: set[str],
-) -> list[str]:
-    folders = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]
-    vanished = [
-        source
-        for source in stored
-        if source not in present and any(folder in Path(source).parents for folder in folders)
-    ]
-    collection.delete([record_id for source in vanished for record_id in stored[source].ids])
-    return sorted(vanished)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=10).hexdigest()
+def _headings(text: str) -> Iterator[tuple[int, str]]:
+    """Yield position and text of the headings that are marked with ``#``, outside code."""
+    position, fence = 0, ""
+    for line in text.split("\n"):
+        opening = _FENCE.match(line)
+        if fence:
+            if opening and opening[1].startswith(fence) and not line[opening.end() :].strip():
+                fence = ""
+        elif opening:
+            fence = opening[1]
+        elif (heading := _HEADING.match(line)) and heading[1]:
+            yield position, heading[1][:_HEADING_CHARACTERS]
+        position += len(line) + 1

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 from gte_rag.lexical import SparseIndex
@@ -119,8 +120,8 @@ class LexicalView:
         writing: Held by a handle while it replaces records, so that two threads do not interleave.
     """
 
-    _shared: WeakValueDictionary[str, LexicalView] = WeakValueDictionary()
-    _sharing = threading.Lock()
+    _shared: ClassVar[WeakValueDictionary[str, LexicalView]] = WeakValueDictionary()
+    _sharing: ClassVar = threading.Lock()
 
     def __init__(self, vocab_size: int, *, file: Path | None = None, stamp: str = "") -> None:
         """Start an empty view.

@@ -139,10 +139,12 @@ def test_a_tokenizer_that_adds_no_special_tokens_is_refused(folder: Path) -> Non
 
 def test_limits_saved_with_the_tokenizer_are_lifted(tmp_path: Path) -> None:
     variant = dataclasses.replace(PLAIN, saved_limits=True)
-    encoder = load(build(variant, tmp_path))
-    text = "the " * 200
-    assert encoder.count_tokens(text) == 202
-    assert encoder.encode_documents([text, "the"]).truncated == 0
+    limited, plain = load(build(variant, tmp_path / "limited")), load(build(PLAIN, tmp_path / "plain"))
+    texts = ["the " * 200, "the"]
+    assert limited.count_tokens(texts[0]) == 202
+    encoding = limited.encode_documents(texts)
+    assert encoding.truncated == 0
+    np.testing.assert_array_equal(encoding.dense, plain.encode_documents(texts).dense)
 
 
 def test_special_tokens_are_those_the_tokenizer_names(folder: Path) -> None:
@@ -484,6 +486,7 @@ def test_a_saved_checkpoint_loads_as_the_same_model(tmp_path: Path, name: str) -
     assert_same_vectors(saved, encoder)
     config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "gte"
+    assert config["architectures"] == ["GteForTokenClassification" if encoder.has_sparse else "GteModel"]
     assert config["dtype"] == find_variant(name).dtype
 
 

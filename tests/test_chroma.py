@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +20,8 @@ import chromadb
 from chromadb.config import Settings
 
 from gte_rag.chroma import HybridCollection
-from gte_rag.records import RESERVED_KEY, MetadataValue, Record
 from gte_rag.errors import CollectionMismatchError
+from gte_rag.records import RESERVED_KEY, MetadataValue, Record
 from gte_rag.retriever import Hit, HybridRetriever
 from stub_encoder import WORD_WEIGHT, StubEncoder, open_collection
 

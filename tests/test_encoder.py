@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -422,7 +423,7 @@ def test_an_encoder_says_what_it_is(encoder: GTEEncoder) -> None:
     assert repr(encoder) == f"GTEEncoder('gte-mini', dimension=256, device='{encoder.device}', float32)"
 
 
-def test_other_weights_another_head_or_another_vocabulary_change_the_fingerprint(tmp_path: Path) -> None:
+def test_other_weights_positions_head_or_vocabulary_change_the_fingerprint(tmp_path: Path) -> None:
     variant = find_variant("bare-with-head")
     first = load(variant, tmp_path / "first").fingerprint
     assert load(variant, tmp_path / "again").fingerprint == first
@@ -431,8 +432,13 @@ def test_other_weights_another_head_or_another_vocabulary_change_the_fingerprint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"rope_theta": 10000}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     other_rope = GTEEncoder.from_pretrained(folder, device="cpu").fingerprint
+    folder = build(variant, tmp_path / "tuned")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"][:, 1:] += 0.001
+    save_file(tensors, folder / "model.safetensors")
+    other_head = GTEEncoder.from_pretrained(folder, device="cpu").fingerprint
     folder = build(variant, tmp_path / "vocabulary")
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"▁China"', '"▁Chile"')
     (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     other_vocabulary = GTEEncoder.from_pretrained(folder, device="cpu").fingerprint
-    assert len({first, other_weights, other_rope, other_vocabulary}) == 4
+    assert len({first, other_weights, other_rope, other_head, other_vocabulary}) == 5

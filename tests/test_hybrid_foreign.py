@@ -16,11 +16,11 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from stub_encoder import StubEncoder, open_collection
 
 from gte_rag import CollectionMismatchError, HybridCollection, HybridRetriever
 from gte_rag.records import RESERVED_KEY
 from gte_rag.retriever import MODES
+from stub_encoder import StubEncoder, open_collection
 
 chromadb = pytest.importorskip("chromadb")
 

@@ -104,10 +104,11 @@ def test_all_layouts_of_one_network_give_the_same_vectors_and_fingerprint(tmp_pa
     results = []
     for layout in ("legacy", "legacy-bare", "legacy-unpacked"):
         variant = dataclasses.replace(base, layout=layout)
-        encoder = GTEEncoder.from_pretrained(build(variant, tmp_path / layout), device="cpu")
-        results.append((encoder.fingerprint, encoder.encode_documents(TEXTS).dense))
-    twin = GTEEncoder.from_pretrained(native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu")
-    results.append((twin.fingerprint, twin.encode_documents(TEXTS).dense))
-    assert len({fingerprint for fingerprint, _ in results}) == 1
-    for _, dense in results[1:]:
-        np.testing.assert_allclose(dense, results[0][1], rtol=0, atol=1e-6)
+        results.append(GTEEncoder.from_pretrained(build(variant, tmp_path / layout), device="cpu"))
+    results.append(GTEEncoder.from_pretrained(native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu"))
+    assert len({encoder.fingerprint for encoder in results}) == 1
+    vectors = [encoder.encode_documents(TEXTS).dense for encoder in results]
+    assert vectors[0] is not None
+    for dense in vectors[1:]:
+        assert dense is not None
+        np.testing.assert_allclose(dense, vectors[0], rtol=0, atol=1e-6)
