@@ -374,6 +374,12 @@ class HybridCollection:
             where_document=cast(Any, where_document),
             include=["metadatas", "documents", "distances"],
         )
+        if any(len(ids) < n for ids in found["ids"]):
+            # Either no more records match, or Chroma's approximate search has missed some, as it does among many equal
+            # vectors. If all that match are candidates, score them all: then nothing is missed.
+            matching = self.matching_ids(where, where_document, limit=n + 1)
+            if len(matching) <= n and any(len(ids) < len(matching) for ids in found["ids"]):
+                return [self._all_of(matching, vector) for vector in vectors]
         scale = _DISTANCE_SCALE[self._space]
         return [
             self._candidates(
@@ -388,6 +394,11 @@ class HybridCollection:
                 strict=True,
             )
         ]
+
+    def _all_of(self, ids: Sequence[str], vector: FloatArray) -> Candidates:
+        """Return the records of these ids, nearest first."""
+        scored = self.candidates(ids, vector)
+        return scored.take(np.argsort(-scored.dense_scores, kind="stable").tolist())
 
     def candidates(self, ids: Sequence[str], vector: FloatArray) -> Candidates:
         """Return the records of these ids that exist, scored against one query vector, in the order of `ids`."""
@@ -415,11 +426,15 @@ class HybridCollection:
         self._view.invalidate()
 
     def matching_ids(
-        self, where: Mapping[str, Any] | None = None, where_document: Mapping[str, Any] | None = None
+        self,
+        where: Mapping[str, Any] | None = None,
+        where_document: Mapping[str, Any] | None = None,
+        *,
+        limit: int | None = None,
     ) -> list[str]:
-        """Return the ids of all records that pass the filters."""
-        found = self.collection.get(where=cast(Any, where), where_document=cast(Any, where_document), include=[])
-        return found["ids"]
+        """Return the ids of the records that pass the filters: all of them, or `limit` at most."""
+        filters: dict[str, Any] = {"where": where, "where_document": where_document}
+        return self.collection.get(limit=limit, include=[], **filters)["ids"]
 
     def sample(self, n: int) -> list[Record]:
         """Return up to `n` records, evenly spaced over the collection."""
@@ -456,10 +471,10 @@ class HybridCollection:
                     f"{stored[_FINGERPRINT_KEY]}); this encoder is {marks[_MODEL_KEY]!r} (fingerprint "
                     f"{marks[_FINGERPRINT_KEY]}). Open it with the model that made it, or index into another collection"
                 )
-            if stored[_DIMENSION_KEY] != marks[_DIMENSION_KEY]:
+            if stored.get(_DIMENSION_KEY) != marks[_DIMENSION_KEY]:
                 raise CollectionMismatchError(
-                    f"collection {self.name!r} holds vectors of dimension {stored[_DIMENSION_KEY]}; this encoder gives "
-                    f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored[_DIMENSION_KEY]}, or use another collection"
+                    f"collection {self.name!r} holds vectors of dimension {stored.get(_DIMENSION_KEY)}; this encoder gives "
+                    f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored.get(_DIMENSION_KEY)}, or use another collection"
                 )
         if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(

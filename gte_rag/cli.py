@@ -16,12 +16,10 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
-import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -46,15 +44,12 @@ _DATABASE_FILE = "chroma.sqlite3"
 _FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
 # Lines of standard input that `encode` reads, encodes and prints together.
 _ENCODE_GROUP = 64
-_EXCERPT_CHARACTERS = 400
-_WORD_CHARACTERS = 20  # an excerpt is cut between words if a space is as near as this
 # A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
 _HIGHLIGHTED_SHARE = 0.03
 # Control characters in an indexed text must not reach the terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 # Characters that JSON allows in strings, and that terminals obey or that readers of lines take for the end of one.
 _JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
-_SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "BOPOMOFO")
 
 
 class _CommandError(Exception):
@@ -400,67 +395,17 @@ def _print_hit(console: Console, encoder: GTEEncoder, rank: int, hit: Hit, origi
 def _passage(encoder: GTEEncoder, hit: Hit, *, full: bool) -> Text:
     from rich.text import Text
 
+    from gte_rag.highlighting import excerpt, matching_spans
+
     least = _HIGHLIGHTED_SHARE * hit.sparse_score
-    spans = _matching_spans(encoder, hit.text, {match.token for match in hit.matches if match.weight >= least})
-    start, end = (0, len(hit.text)) if full else _excerpt(hit.text, spans)
+    spans = matching_spans(encoder, hit.text, {match.token for match in hit.matches if match.weight >= least})
+    start, end = (0, len(hit.text)) if full else excerpt(hit.text, spans)
     text = Text(_harmless(hit.text))  # the same length: spans keep their places
     for first, last in spans:
         text.stylize("bold yellow", first, last)
     text = text[start:end]
     text.rstrip()
     return Text.assemble("… " if start else "", text, " …" if end < len(hit.text) else "")
-
-
-def _matching_spans(encoder: GTEEncoder, text: str, tokens: Collection[str]) -> list[tuple[int, int]]:
-    """Return where a text holds one of the tokens, as the model's tokenizer cuts it.
-
-    A word that is matched by half or more is marked whole. Of other words only a beginning of three letters or more is
-    marked: a syllable in the middle says nothing to the eye.
-    """
-    encoding = encoder.tokenizer.encode(text)
-    marked = [False] * len(text)
-    for string, (start, end) in zip(encoder.token_strings(encoding.ids), encoding.offsets, strict=True):
-        if string in tokens and any(character.isalnum() for character in string):
-            marked[start:end] = [not character.isspace() for character in text[start:end]]
-    for word in re.finditer(r"\w+", text):
-        start, end = word.span()
-        if not any(marked[start:end]) or _is_written_without_spaces(word[0]):
-            continue
-        if 2 * sum(marked[start:end]) >= end - start:
-            marked[start:end] = [True] * (end - start)
-        else:
-            beginning = [*marked[start:end], False].index(False)
-            beginning = beginning if beginning >= 3 else 0
-            marked[start:end] = [True] * beginning + [False] * (end - start - beginning)
-    spans, place = [], 0
-    for is_marked, run in itertools.groupby(marked):
-        length = len(list(run))
-        if is_marked:
-            spans.append((place, place + length))
-        place += length
-    return spans
-
-
-def _is_written_without_spaces(word: str) -> bool:
-    return any(unicodedata.name(character, "").startswith(_SCRIPTS_WITHOUT_SPACES) for character in word)
-
-
-def _excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return start and end of the part of a text, at most `_EXCERPT_CHARACTERS` long, that holds most of the spans."""
-    if len(text) <= _EXCERPT_CHARACTERS:
-        return 0, len(text)
-
-    def covered(start: int) -> int:
-        return sum(last - first for first, last in spans if start <= first and last <= start + _EXCERPT_CHARACTERS)
-
-    starts = [0, *(max(0, first - _EXCERPT_CHARACTERS // 8) for first, _ in spans)]
-    start = min(max(starts, key=covered), len(text) - _EXCERPT_CHARACTERS)
-    end = start + _EXCERPT_CHARACTERS
-    if start and (space := re.search(r"\s+", text[start : start + _WORD_CHARACTERS])):
-        start += space.end()
-    if end < len(text) and (space := re.search(r"\s+\S*$", text[end - _WORD_CHARACTERS : end])):
-        end -= _WORD_CHARACTERS - space.start()
-    return start, end
 
 
 # --- encode, info, demo ------------------------------------------------------------------------------------------------

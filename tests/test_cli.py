@@ -25,6 +25,7 @@ pytest.importorskip("semantic_text_splitter")
 
 import gte_rag
 from gte_rag import GTEEncoder, cli
+from gte_rag.highlighting import excerpt, matching_spans
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("index", "search", "encode", "info", "demo")
@@ -405,7 +406,7 @@ def test_whole_words_are_marked_where_they_match(encoder: GTEEncoder, text: str,
     assert weights is not None
     tokens = {token for token, weight in encoder.token_weights(weights[0]).items() if weight > 0.5 and len(token) > 0}
     tokens -= {"what", "is"}
-    assert [text[start:end] for start, end in cli._matching_spans(encoder, text, tokens)] == marked
+    assert [text[start:end] for start, end in matching_spans(encoder, text, tokens)] == marked
 
 
 def test_syllable_within_a_word_is_not_marked(encoder: GTEEncoder) -> None:
@@ -413,21 +414,21 @@ def test_syllable_within_a_word_is_not_marked(encoder: GTEEncoder) -> None:
     pieces = encoder.token_strings(encoder.tokenizer.encode(text).ids)
     inner = {piece for piece in pieces if piece and text.find(piece) > 0 and not text.split(piece)[0].endswith(" ")}
     for piece in inner - {"Organisation"}:
-        for start, end in cli._matching_spans(encoder, text, {piece}):
+        for start, end in matching_spans(encoder, text, {piece}):
             assert text[start:end] in text.split()
 
 
 def test_excerpt_holds_the_matches_and_ends_between_words(encoder: GTEEncoder) -> None:
     text = "filler words go on " * 60 + "ECONNREFUSED on the port " + "and more of them " * 60
     place = text.index("ECONNREFUSED")
-    start, end = cli._excerpt(text, [(place, place + 12)])
+    start, end = excerpt(text, [(place, place + 12)])
     assert start < place < end
     assert end - start <= 400
     assert text[start - 1].isspace()
     assert text[end].isspace()
     assert not text[start].isspace()
-    assert cli._excerpt("short", []) == (0, 5)
-    assert cli._excerpt("x" * 1000, [(990, 1000)]) == (600, 1000)
+    assert excerpt("short", []) == (0, 5)
+    assert excerpt("x" * 1000, [(990, 1000)]) == (600, 1000)
 
 
 # --- encode, info, demo ------------------------------------------------------------------------------------------------

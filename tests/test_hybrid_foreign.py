@@ -260,3 +260,18 @@ def test_a_killed_process_loses_nothing_it_reported_and_leaves_nothing_inconsist
         found = receive.recv()
         checker.join()
         assert found == {"lost": [], "mixed": [], "stale": [], "same": True}, json.dumps(found)
+
+
+@pytest.mark.parametrize("mode", ["rescore", "union", "dense"])
+def test_a_filter_finds_every_match_among_many_equal_texts(
+    chroma_client: ClientAPI, stub: StubEncoder, mode: str
+) -> None:
+    """Chroma's approximate search loses records here: of equal vectors it keeps few neighbours."""
+    collection = open_collection(chroma_client, "equal", stub)
+    collection.upsert(
+        [f"d{n}" for n in range(3000)],
+        ["the same footer on every page"] * 3000,
+        metadatas=[{"few": n % 250 == 0} for n in range(3000)],
+    )
+    hits = HybridRetriever(collection, k=20, mode=mode).search("footer", where={"few": True})
+    assert {hit.id for hit in hits} == {f"d{n}" for n in range(0, 3000, 250)}

@@ -21,6 +21,7 @@ LAYERS = (
     "heads",
     "checkpoint",
     "encoder",
+    "highlighting",
     "shared",
     "fusion",
     "tuning",
