@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from langchain_core.embeddings import Embeddings
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
-
 from gte_rag.encoder import GTEEncoder
-from gte_rag.errors import CheckpointError
+from gte_rag.errors import CheckpointError, missing_extra
 from gte_rag.vectors import Encoding
+
+try:
+    from langchain_core.embeddings import Embeddings
+    from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+except ImportError as error:
+    raise missing_extra("langchain-core", "langchain") from error
 
 # What HuggingFaceEmbeddings' model_kwargs call it -> the field here; None: accepted, without effect.
 _MODEL_KWARGS: dict[str, str | None] = {

@@ -333,6 +333,15 @@ def test_a_persistent_store_is_found_again(tmp_path: Path, embeddings: GTEEmbedd
     assert again.hybrid_search("flour", 1) == [DOCUMENTS[3]]
 
 
+def test_a_store_on_a_server(chroma_server: tuple[str, int], embeddings: GTEEmbeddings) -> None:
+    host, port = chroma_server
+    store = GTEChroma.from_documents(DOCUMENTS, embeddings, collection_name="langchain-store", host=host, port=port)
+    store.add_documents([Document("Rust is a colour.", id="rust")])
+    again = GTEChroma("langchain-store", embeddings, host=host, port=port)
+    assert again.hybrid_search("flour", 1, mode="union") == [DOCUMENTS[3]]
+    assert again.get_by_ids(["rust"]) == [Document("Rust is a colour.", id="rust")]
+
+
 def test_stores_in_memory_are_kept_apart_by_name(embeddings: GTEEmbeddings) -> None:
     name, other = f"one-{uuid4().hex}", f"two-{uuid4().hex}"
     store = GTEChroma.from_texts(["one"], embeddings, collection_name=name)

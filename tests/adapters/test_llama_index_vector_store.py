@@ -539,6 +539,18 @@ def test_a_store_survives_serialisation_and_pickling(tmp_path: Path, encoder: GT
         assert copy.get_nodes() == NODES
 
 
+def test_a_store_on_a_server_can_be_pickled_too(chroma_server: tuple[str, int], encoder: GTEEncoder) -> None:
+    import pickle
+
+    host, port = chroma_server
+    store = GTEChromaVectorStore("llama-store", host=host, port=port, encoder=encoder)
+    store.add(NODES)
+    copy = pickle.loads(pickle.dumps(store))
+    assert list(scored(copy, asked("flour", MODES.HYBRID, similarity_top_k=1))) == ["bread"]
+    copy.delete_nodes(["bread"])
+    assert "bread" not in scored(store, asked("flour", MODES.HYBRID))
+
+
 def test_a_store_that_only_this_process_knows_cannot_be_pickled(store: GTEChromaVectorStore) -> None:
     import pickle
 

@@ -6,13 +6,16 @@ import asyncio
 import threading
 from typing import Any
 
-from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.callbacks import CallbackManager
-
 from gte_rag.encoder import GTEEncoder
-from gte_rag.errors import CheckpointError
+from gte_rag.errors import CheckpointError, missing_extra
 from gte_rag.vectors import Encoding
+
+try:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.bridge.pydantic import Field, PrivateAttr
+    from llama_index.core.callbacks import CallbackManager
+except ImportError as error:
+    raise missing_extra("llama-index-core", "llama-index") from error
 
 # Texts given to the encoder at once. It forms its own batches by tokens, so this sets only how often progress shows.
 _EMBED_BATCH_SIZE = 64

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.callbacks import CallbackManager
-from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
-from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle
-from llama_index.core.vector_stores.types import MetadataFilters
+from gte_rag.errors import missing_extra
+
+try:
+    from llama_index.core.base.base_retriever import BaseRetriever
+    from llama_index.core.callbacks import CallbackManager
+    from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+    from llama_index.core.schema import BaseNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.vector_stores.types import MetadataFilters
+except ImportError as error:
+    raise missing_extra("llama-index-core", "llama-index") from error
 
 from gte_rag.chroma import HybridCollection
 from gte_rag.retriever import Hit, HybridRetriever
@@ -98,7 +103,8 @@ class GTEHybridRetriever(BaseRetriever):
         """Embed nodes and put them into the collection, in the form LlamaIndex's own Chroma store reads too.
 
         A node's text is embedded as it is, without its metadata. Metadata values that Chroma holds (strings, numbers,
-        booleans, lists of one kind of these) can be filtered on; all others come back but cannot.
+        booleans, lists of one kind of these) can be filtered on. All others, such as nested dicts, cannot, but they come
+        back in the form LlamaIndex gives them in JSON.
 
         Args:
             nodes: Nodes or documents; one whose id is in the collection replaces that record.

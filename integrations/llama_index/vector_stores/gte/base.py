@@ -6,26 +6,32 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chromadb
 import numpy as np
-from chromadb.api import ClientAPI
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
-from llama_index.core.schema import BaseNode, MetadataMode
-from llama_index.core.vector_stores.types import (
-    BasePydanticVectorStore,
-    MetadataFilters,
-    VectorStoreQuery,
-    VectorStoreQueryMode,
-    VectorStoreQueryResult,
-)
 
 from gte_rag.chroma import Candidates, HybridCollection
 from gte_rag.encoder import GTEEncoder
+from gte_rag.errors import missing_extra
 from gte_rag.fusion import FUSIONS, fusion_named
 from gte_rag.neighbours import neighbours, unit_vector
 from gte_rag.records import Record
 from gte_rag.vectors import FloatArray, SparseVector
+
+try:
+    import chromadb
+    from chromadb.api import ClientAPI
+    from llama_index.core.bridge.pydantic import Field, PrivateAttr
+    from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
+    from llama_index.core.schema import BaseNode, MetadataMode
+    from llama_index.core.vector_stores.types import (
+        BasePydanticVectorStore,
+        MetadataFilters,
+        VectorStoreQuery,
+        VectorStoreQueryMode,
+        VectorStoreQueryResult,
+    )
+except ImportError as error:  # Chroma is there: gte_rag.chroma has been imported
+    raise missing_extra("llama-index-core", "llama-index") from error
+
 from llama_index.vector_stores.gte.nodes import chroma_filter, embedded_text, joined, metadata_of, node_of
 
 _SERVER_PORT = 8000  # Chroma's

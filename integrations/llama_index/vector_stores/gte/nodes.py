@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from llama_index.core.schema import BaseNode, MetadataMode, TextNode
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
-from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
-
+from gte_rag.errors import missing_extra
 from gte_rag.records import Metadata
+
+try:
+    from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+    from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+    from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+except ImportError as error:
+    raise missing_extra("llama-index-core", "llama-index") from error
 
 # The keys under which LlamaIndex's stores keep a node; what they hold is not the user's metadata.
 _NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
@@ -93,7 +96,6 @@ def _is_storable(value: object) -> bool:
     items: list[Any] = value if isinstance(value, list) else [value]
     if len({type(item) for item in items}) != 1:
         return False
-    first = items[0]
-    if isinstance(first, float):
-        return all(map(math.isfinite, items))
-    return isinstance(first, str) or (isinstance(first, int) and all(-(2**63) <= item < 2**63 for item in items))
+    if isinstance(items[0], int):
+        return all(-(2**63) <= item < 2**63 for item in items)  # Chroma's whole numbers have 64 bits
+    return isinstance(items[0], (str, float))
