@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,23 +100,3 @@ def test_wrong_arguments_of_a_search_are_refused(retriever: HybridRetriever, rer
         reranking.search(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
         reranking.search(QUERY, k=0)
-
-
-def test_the_readmes_example_runs(
-    retriever: HybridRetriever,
-    reranker: GTEReranker,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
-    names: list[str] = []
-
-    def from_pretrained(name: str) -> GTEReranker:
-        names.append(name)
-        return reranker
-
-    monkeypatch.setattr(GTEReranker, "from_pretrained", from_pretrained)
-    exec(compile(block, "README.md", "exec"), {"retriever": retriever})
-    assert names == ["Alibaba-NLP/gte-multilingual-reranker-base"]
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(TEXTS)
