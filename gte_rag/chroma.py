@@ -34,7 +34,7 @@ from gte_rag.records import (
     seal,
     some_ids,
 )
-from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse, unpack_sparse_rows
+from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse_rows, unpack_sparse_rows
 
 try:
     from chromadb.api import ClientAPI
@@ -335,8 +335,7 @@ class HybridCollection:
                 if stale:
                     vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
                     values = [
-                        {RESERVED_KEY: seal(vector, texts[index], fingerprint)}
-                        for index, vector in zip(stale, vectors, strict=True)
+                        {RESERVED_KEY: value} for value in seal(vectors, [texts[index] for index in stale], fingerprint)
                     ]
                     with self._view.writing:
                         self.collection.update(
@@ -537,8 +536,10 @@ class HybridCollection:
                 assert encoding.dense is not None
                 assert encoding.sparse is not None
                 stored: list[dict[str, Any]] = [
-                    {**metadata, RESERVED_KEY: seal(vector, text, fingerprint)}
-                    for text, metadata, vector in zip(texts[part], metadatas[part], encoding.sparse, strict=True)
+                    {**metadata, RESERVED_KEY: value}
+                    for metadata, value in zip(
+                        metadatas[part], seal(encoding.sparse, texts[part], fingerprint), strict=True
+                    )
                 ]
                 with self._view.writing:
                     before = self._token()
@@ -627,4 +628,4 @@ def _metadatas(found: Mapping[str, Any]) -> list[Metadata]:
 
 def _as_stored(vectors: SparseMatrix) -> SparseMatrix:
     """Round the weights as packing does, so that an index fed directly equals one read back."""
-    return unpack_sparse_rows([pack_sparse(vector) for vector in vectors], vectors.shape[1])
+    return unpack_sparse_rows(pack_sparse_rows(vectors), vectors.shape[1])

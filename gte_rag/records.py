@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gte_rag.tokenization import check_texts
-from gte_rag.vectors import SparseVector, pack_sparse
+from gte_rag.vectors import SparseMatrix, pack_sparse_rows
 
 MetadataValue: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
 Metadata: TypeAlias = Mapping[str, MetadataValue]
@@ -37,10 +37,10 @@ class Record:
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
 
 
-def seal(vector: SparseVector, text: str, fingerprint: str) -> str:
-    """Return the stored form of a text's sparse vector."""
-    packed = pack_sparse(vector)
-    return ":".join((_FORMAT, fingerprint, _digest(text, packed), packed))
+def seal(vectors: SparseMatrix, texts: Sequence[str], fingerprint: str) -> list[str]:
+    """Return the stored form of each text's sparse vector."""
+    packed = zip(texts, pack_sparse_rows(vectors), strict=True)
+    return [":".join((_FORMAT, fingerprint, _digest(text, value), value)) for text, value in packed]
 
 
 def open_seal(value: object, text: str, fingerprint: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,15 +226,30 @@ def pack_sparse(vector: SparseVector) -> str:
     A step over 65,535 is taken in several, whose entries have weight 0. About 5.3 characters a token. A weight above 65,504
     is stored as 65,504 and one below 6e-8 is left out: the range of float16. Real weights lie between 0.01 and 10.
     """
-    weights = np.minimum(vector.values, np.float32(65504)).astype("<f2")
+    lengths = np.array([0, len(vector)], dtype=np.int64)
+    return pack_sparse_rows(SparseMatrix(lengths, vector.indices, vector.values, (1, _LARGEST_ID + 1)))[0]
+
+
+def pack_sparse_rows(matrix: SparseMatrix) -> list[str]:
+    """Write every row of a matrix as `pack_sparse` writes a vector."""
+    weights = np.minimum(matrix.values, np.float32(65504)).astype("<f2")
     kept = weights > 0
-    large, rest = np.divmod(np.diff(vector.indices[kept], prepend=np.int32(0)), _LARGEST_STEP)
-    places = np.cumsum(large + 1) - 1  # of the real entries among the steps
-    steps = np.full(int(places[-1]) + 1 if places.size else 0, _LARGEST_STEP, dtype="<u2")
-    steps[places] = rest
+    bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(kept, dtype=np.int64)])[matrix.indptr]
+    ids, weights = matrix.indices[kept], weights[kept]
+    gaps = np.diff(ids, prepend=np.int32(0))
+    starts = bounds[:-1][np.diff(bounds) > 0]
+    gaps[starts] = ids[starts]  # a row's first step is its first id
+    large, rest = np.divmod(gaps, _LARGEST_STEP)
+    places = np.cumsum(large + 1, dtype=np.int64)  # of the real entries among the steps, plus one
+    steps = np.full(int(places[-1]) if places.size else 0, _LARGEST_STEP, dtype="<u2")
+    steps[places - 1] = rest
     stored = np.zeros(steps.size, dtype="<f2")
-    stored[places] = weights[kept]
-    return base64.b64encode(steps.tobytes() + stored.tobytes()).decode("ascii")
+    stored[places - 1] = weights
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), places])[bounds].tolist()
+    return [
+        base64.b64encode(steps[start:end].tobytes() + stored[start:end].tobytes()).decode("ascii")
+        for start, end in itertools.pairwise(ends)
+    ]
 
 
 def unpack_sparse(packed: str) -> SparseVector:
