@@ -22,7 +22,7 @@ from gte_rag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
 from gte_rag.heads import dense_vectors, sparse_rows, token_weights
-from gte_rag.model import GTEModel
+from gte_rag.precision import build, resolve
 from gte_rag.tokenization import Batch, check_texts, pack, tokenize
 from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
@@ -31,7 +31,6 @@ _MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 # Texts tokenized and sorted together: bounds the memory of a long run without hurting the packing.
 _WINDOW = 2048
 _PROGRESS_DELAY_S = 2.0
-_PRECISIONS = ("auto", "float32")
 
 
 class GTEEncoder:
@@ -62,23 +61,17 @@ class GTEEncoder:
         max_length: int = 8192,
     ) -> None:
         """Build the network from a checkpoint in memory; `from_pretrained` is the usual way."""
-        if precision not in _PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; accepted here: {', '.join(map(repr, _PRECISIONS))}")
         self.name = name
         self.config: GTEConfig = checkpoint.config
         self.max_length = _check_max_length(max_length, self.config)
         self.dimension = self._check_dimension(self.config.hidden_size if dimension is None else dimension)
         self.device = _check_device(device)
-        self.precision = "float32"
+        self.precision = resolve(precision, self.device)
         self.query_prompt = checkpoint.prompts["query"]
         self.document_prompt = checkpoint.prompts["document"]
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self._checkpoint = checkpoint
-        with torch.device("meta"):
-            self._model = GTEModel(self.config)
-        weights = {key: self._place(value) for key, value in checkpoint.weights.items()}
-        self._model.load_state_dict(weights, assign=True)
-        self._model.eval()
+        self._model = build(self.config, checkpoint.weights, self.precision, self.device)
         head = checkpoint.sparse_head
         self._head = None if head is None else (self._place(head[0]), self._place(head[1]))
 
@@ -142,7 +135,7 @@ class GTEEncoder:
     def num_parameters(self) -> int:
         """Number of weights of the network and the sparse head."""
         head = () if self._head is None else self._head
-        return sum(weight.numel() for weight in (*self._model.parameters(), *head))
+        return sum(weight.numel() for weight in (*self._checkpoint.weights.values(), *head))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -357,8 +350,9 @@ class GTEEncoder:
     ) -> tuple[NDArray[np.float32] | None, SparseMatrix | None]:
         """Run one batch; a dimension of 0 leaves the dense vectors out."""
         cu_seqlens = torch.from_numpy(batch.cu_seqlens)
-        hidden = self._model(torch.from_numpy(batch.token_ids).to(self.device), cu_seqlens)
-        dense = dense_vectors(hidden[cu_seqlens[:-1].to(self.device)], dimension).cpu().numpy() if dimension else None
+        hidden = self._model(torch.from_numpy(batch.token_ids).to(self.device), cu_seqlens, firsts=not sparse)
+        first = hidden[cu_seqlens[:-1].to(self.device)] if sparse else hidden
+        dense = dense_vectors(first, dimension).cpu().numpy() if dimension else None
         if not sparse or self._head is None:
             return dense, None
         rows = sparse_rows(
