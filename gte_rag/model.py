@@ -211,7 +211,7 @@ def _attend_in_bfloat16(query: Tensor, key: Tensor, value: Tensor, out: Tensor) 
     texts, heads, length, width = query.shape
     scale = width**-0.5
     q, k, v = (
-        x.to(torch.bfloat16, memory_format=torch.contiguous_format).view(texts * heads, length, width)
+        torch.empty(query.shape, dtype=torch.bfloat16).copy_(x).view(texts * heads, length, width)
         for x in (query, key, value)
     )
     mixed = torch.empty_like(q)
