@@ -60,13 +60,13 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     so that a turn is one complex product, which takes a fifth of the time.
     """
     turned = x.float()
-    torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turns)
+    torch.view_as_complex(turned.view(*x.shape[:-1], -1, 2)).mul_(turns)
     return turned.to(x.dtype)
 
 
 def pair_channels(packed: Tensor, num_heads: int) -> Tensor:
     """Reorder the rows of a packed q, k, v weight (3C, …) or bias (3C,): in q and k, channel i + D / 2 goes beside i."""
-    rows = packed.unflatten(0, (3, num_heads, 2, -1))  # (3, H, 2, D / 2, …)
+    rows = packed.reshape(3, num_heads, 2, -1, *packed.shape[1:])  # (3, H, 2, D / 2, …)
     paired = rows.transpose(2, 3).flatten(0, 3)
     return torch.cat([paired[: 2 * len(packed) // 3], packed[2 * len(packed) // 3 :]])
 
@@ -160,10 +160,7 @@ class Attention(nn.Module):
             key = rotate(key, packing.turns)
         else:
             query, key, value = self._project(self.qkv_proj, hidden, packing, 3)
-            if query.device.type == "cpu" and query.dtype == torch.float32:
-                rotate(query, packing.turns), rotate(key, packing.turns)
-            else:
-                query, key = rotate(query, packing.turns), rotate(key, packing.turns)
+            query, key = rotate(query, packing.turns), rotate(key, packing.turns)
             if firsts:
                 query = query[packing.starts]
         mixed = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -182,17 +179,26 @@ class Attention(nn.Module):
             return out.reshape(len(query), -1)
         text = 0
         for start, length, texts in packing.runs:
-            asked, per_text = (slice(text, text + texts), 1) if firsts else (slice(start, start + length * texts), length)
+            asked, per_text = (
+                (slice(text, text + texts), 1) if firsts else (slice(start, start + length * texts), length)
+            )
             rows = slice(start, start + length * texts)
             text += texts
             q = query[asked].view(texts, per_text, *heads).transpose(1, 2)  # (texts, H, length or 1, D)
-            k, v = (x[rows].unflatten(0, (texts, length)).transpose(1, 2) for x in (key, value))
+            k, v = (x[rows].view(texts, length, *heads).transpose(1, 2) for x in (key, value))
             target = mixed[asked].view(texts, per_text, *heads).transpose(1, 2)
             if self.in_bfloat16 and length >= _LONG and not firsts:
                 _attend_in_bfloat16(q, k, v, target)
             else:
                 target.copy_(functional.scaled_dot_product_attention(q, k, v))
         return mixed.flatten(1)
+
+    def split(self) -> None:
+        """Make the parts of the packed projection available on their own."""
+        packed = self.qkv_proj
+        assert isinstance(packed, Linear)
+        self.q_proj = packed.rows(0, packed.in_features)
+        self.kv_proj = packed.rows(packed.in_features, packed.out_features)
 
     def _project(self, projection: nn.Module, hidden: Tensor, packing: Packing, parts: int) -> tuple[Tensor, ...]:
         """Return the parts of a packed projection, each (T, H, D)."""
@@ -302,9 +308,9 @@ class GTEModel(nn.Module):
                 weights[name] = pair_channels(weights[name], self.config.num_heads)
         self.load_state_dict(weights, assign=True)
         self.eval().requires_grad_(False)
-        attention, width = self.layers[-1].attention, self.config.hidden_size
-        attention.q_proj = attention.qkv_proj.rows(0, width)
-        attention.kv_proj = attention.qkv_proj.rows(width, 3 * width)
+        last = self.layers[-1]
+        assert isinstance(last, Layer)
+        last.attention.split()
 
     def forward(
         self, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None, *, firsts: bool = False

@@ -78,6 +78,7 @@ def build(config: GTEConfig, weights: Mapping[str, Tensor], precision: str, devi
             if "proj" not in name and name != "word_embeddings.weight":
                 parameter.data = parameter.data.to(dtype)
         for layer in model.layers:
+            assert isinstance(layer, Layer)
             _replace_products(layer, precision, dtype)
     return model
 
@@ -195,7 +196,7 @@ class Int8GatedMLP(nn.Module):
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
         levels, size = quantise(hidden)
         gate = self.gate.product(levels).mul_(size)
-        gated = torch._C._nn.gelu(gate, out=gate).mul_(self.up.product(levels))
+        gated = torch.ops.aten.gelu.out(gate, out=gate).mul_(self.up.product(levels))
         levels, gated_size = quantise(gated)
         out = self.down.product(levels)
         out = torch.addcmul(hidden, out, size.mul_(gated_size), out=out)
@@ -214,7 +215,7 @@ def _has_bf16(device: torch.device) -> bool:
 def _has_packed_products() -> bool:
     """Whether this build of torch has the fused products in float32, on a processor of the kind they were measured on."""
     present = hasattr(_mkldnn, "_linear_pointwise") and hasattr(_mkldnn, "_reorder_linear_weight")
-    return present and torch.backends.mkldnn.is_available() and bool(_features().get("avx2"))
+    return present and bool(torch.backends.mkldnn.is_available()) and bool(_features().get("avx2"))  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -106,7 +106,9 @@ def test_all_layouts_of_one_network_give_the_same_vectors_and_fingerprint(tmp_pa
         variant = dataclasses.replace(base, layout=layout)
         encoder = GTEEncoder.from_pretrained(build(variant, tmp_path / layout), device="cpu", precision="float32")
         results.append((encoder.fingerprint, encoder.encode_documents(TEXTS).dense))
-    twin = GTEEncoder.from_pretrained(native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu", precision="float32")
+    twin = GTEEncoder.from_pretrained(
+        native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu", precision="float32"
+    )
     results.append((twin.fingerprint, twin.encode_documents(TEXTS).dense))
     assert len({fingerprint for fingerprint, _ in results}) == 1
     for _, dense in results[1:]:
