@@ -1,6 +1,6 @@
 """The arithmetic of the network: which precision to use here, and the fast forms of its products on a CPU.
 
-- float32 and bf16: oneDNN's products with weights packed once, and GELU, gate and residual fused into them.
+- float32 and bf16: oneDNN's products with weights packed once and GELU fused into them.
 - int8: weights quantised per output channel once, activations per token as they come, products of 8-bit integers
   accumulated in 32 bits. Attention, LayerNorm and GELU stay in floating point.
 
@@ -98,7 +98,7 @@ def _replace_products(layer: Layer, precision: str, dtype: torch.dtype) -> None:
 
 
 class PackedLinear(nn.Module):
-    """`Linear` in float32 or bfloat16 on weights in the order oneDNN reads them; what follows is fused into the product."""
+    """`Linear` in float32 or bfloat16 on weights in the order oneDNN reads them."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,21 +109,18 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute ``x @ weight.T + bias (+ residual)``: (T, in) -> (T, out)."""
-        return self.product(x) if residual is None else self.combined(x, residual, "add")
+        out = self.product(x)
+        # oneDNN can fuse the sum as well, but torch then builds the product anew at every call, for milliseconds.
+        return out if residual is None else out.add_(residual)
 
     def product(self, x: Tensor, then: str = "none") -> Tensor:
         """Compute the product and apply ``"gelu"`` to it or nothing."""
         out: Tensor = _mkldnn._linear_pointwise(x, self.packed, self.bias, then, [], "none")
         return out
 
-    def combined(self, x: Tensor, other: Tensor, how: str) -> Tensor:
-        """Compute the product and ``"add"`` a matrix to it or multiply (``"mul"``) it by one, element by element."""
-        out: Tensor = _mkldnn._linear_pointwise(x, other, self.packed, self.bias, how)
-        return out
-
 
 class PackedGatedMLP(nn.Module):
-    """`GatedMLP` without a pass over memory outside the three products."""
+    """`GatedMLP` with GELU fused into the product before it."""
 
     def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
         super().__init__()
@@ -134,8 +131,9 @@ class PackedGatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
-        gated = self.up.combined(hidden, self.gate.product(hidden, "gelu"), "mul")
-        return self.down.combined(gated, hidden, "add")
+        gated = self.gate.product(hidden, "gelu").mul_(self.up(hidden))
+        out: Tensor = self.down(gated, hidden)
+        return out
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,16 +185,15 @@ class Int8GatedMLP(nn.Module):
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
-        width = mlp.down_proj.in_features
-        self.up = Int8Linear(mlp.up_gate_proj.rows(0, width))
-        self.gate = Int8Linear(mlp.up_gate_proj.rows(width, 2 * width))
+        self.up_gate = Int8Linear(mlp.up_gate_proj)
         self.down = Int8Linear(mlp.down_proj)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
         levels, size = quantise(hidden)
-        gate = self.gate.product(levels).mul_(size)
-        gated = torch.ops.aten.gelu.out(gate, out=gate).mul_(self.up.product(levels))
+        up, gate = self.up_gate.product(levels).chunk(2, dim=-1)  # each (T, F)
+        gate.mul_(size)
+        gated = torch.ops.aten.gelu.out(gate, out=gate).mul_(up)
         levels, gated_size = quantise(gated)
         out = self.down.product(levels)
         out = torch.addcmul(hidden, out, size.mul_(gated_size), out=out)
