@@ -347,6 +347,7 @@ def main() -> None:
         job = jobs.get(options.job, lambda: measure(options.job, options.checkpoint, options.quick))
         print(f"\n{json.dumps(job())}")
         return
+    sys.path.insert(0, str(HERE.parent))
     from base_checkpoint import write
 
     folder = write(options.checkpoint)
