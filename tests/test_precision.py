@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_precision_changes_neither_fingerprint_nor_files(tmp_path: Path, exact: 
 def test_threads_that_share_an_encoder_do_not_disturb_each_other(exact: GTEEncoder) -> None:
     texts = [[f"{sentence} {number}" for sentence in SENTENCES] for number in range(4)]
     expected = [exact.encode_documents(group).dense for group in texts]
-    results: dict[int, list[object]] = {number: [] for number in range(4)}
+    results: dict[int, list[Any]] = {number: [] for number in range(4)}
 
     def work(number: int) -> None:
         for _ in range(3):
@@ -256,7 +257,7 @@ def test_identical_texts_pass_through_the_network_once(exact: GTEEncoder, monkey
     seen: list[int] = []
     forward = GTEModel.forward
 
-    def counting(model: GTEModel, token_ids: torch.Tensor, cu_seqlens: torch.Tensor, **options: bool) -> torch.Tensor:
+    def counting(model: GTEModel, token_ids: torch.Tensor, cu_seqlens: torch.Tensor, **options: Any) -> torch.Tensor:
         seen.append(len(cu_seqlens) - 1)
         return forward(model, token_ids, cu_seqlens, **options)
 
