@@ -158,7 +158,7 @@ def test_precision_changes_neither_fingerprint_nor_files(tmp_path: Path, exact: 
 
 def test_threads_that_share_an_encoder_do_not_disturb_each_other(exact: GTEEncoder) -> None:
     texts = [[f"{sentence} {number}" for sentence in SENTENCES] for number in range(4)]
-    expected = [exact.encode_documents(group).dense for group in texts]
+    expected: list[Any] = [exact.encode_documents(group).dense for group in texts]
     results: dict[int, list[Any]] = {number: [] for number in range(4)}
 
     def work(number: int) -> None:
