@@ -145,7 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--dense-weight", type=_weight, metavar="X", help="weight of the cosine (default: 1.0)")
     search.add_argument("--sparse-weight", type=_weight, metavar="X", help="weight of the sparse score (default: 0.3)")
-    search.add_argument("--mode", help="how candidates are found (default: rescore)")
+    search.add_argument("--mode", help="how passages are found: rescore, union, dense or sparse (default: rescore)")
+    search.add_argument(
+        "--fusion",
+        help="how the scores become one: weighted, reciprocal_rank, relative_score, distribution_based (default: weighted)",
+    )
     search.add_argument(
         "--where", type=_json_object, metavar="JSON", help="""Chroma's filter on metadata, e.g. '{"chunk": 0}'"""
     )
@@ -165,6 +169,15 @@ def _parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _info, "show versions and what a model is")
     _add_model_options(info, "gte-mini")
+
+    convert = _command(
+        commands, "convert", _convert, "write a checkpoint in the layout other tools load without remote code"
+    )
+    convert.add_argument("source", metavar="NAME", help="a folder, or a Hugging Face or ModelScope id")
+    convert.add_argument("folder", metavar="DIR", help="where to write: a new or empty folder")
+    convert.add_argument(
+        "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: that of the checkpoint)"
+    )
 
     demo = _command(commands, "demo", _demo, "index the bundled documents and answer the bundled questions")
     _add_model_options(demo, "gte-mini")
@@ -320,7 +333,7 @@ def _search(arguments: argparse.Namespace) -> int:
         raise _CommandError(f"collection {arguments.collection!r} in {arguments.db} is empty; index something first", 1)
     encoder = _load_encoder_of_index(arguments.model, arguments.device, None, recorded)
     collection = HybridCollection(client, arguments.collection, encoder=encoder)
-    named = ("candidates", "mode", "dense_weight", "sparse_weight")
+    named = ("candidates", "mode", "fusion", "dense_weight", "sparse_weight")
     options = {name: value for name in named if (value := getattr(arguments, name)) is not None}
     with _as_usage_error():
         hits = HybridRetriever(collection, k=arguments.k, **options).search(arguments.query, where=arguments.where)
@@ -335,7 +348,7 @@ def _search(arguments: argparse.Namespace) -> int:
         )
         return 0
     if not hits:
-        _say("no passage fits --where")
+        _say("no passage fits --where" if arguments.where else "no passage shares a token with the query")
     console = _console(sys.stdout)
     for rank, hit in enumerate(hits, start=1):
         if rank > 1:
@@ -486,6 +499,24 @@ def _info(arguments: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         _print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from gte_rag.checkpoint import convert
+
+    with _as_usage_error():
+        checkpoint = convert(arguments.source, arguments.folder, dtype=arguments.dtype)
+    head = (
+        "with its sparse head"
+        if checkpoint.sparse_head
+        else "with its reranking head"
+        if checkpoint.rerank_head
+        else "dense"
+    )
+    _print(
+        f"{arguments.folder} holds {arguments.source} ({head}); transformers and sentence-transformers load it as it is"
+    )
     return 0
 
 

@@ -28,7 +28,7 @@ from gte_rag import GTEEncoder, cli
 from gte_rag.highlighting import excerpt, matching_spans
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("index", "search", "encode", "info", "demo")
+COMMANDS = ("index", "search", "encode", "info", "convert", "demo")
 ESCAPE = "\x1b"
 
 
@@ -580,3 +580,21 @@ def test_output_that_is_no_unicode_is_escaped_not_a_crash() -> None:
     assert (process.returncode, err) == (0, "")
     assert out.isascii()
     assert json.loads(out)["text"] == "北京"
+
+
+def test_convert_writes_what_other_tools_load(run: Run, tmp_path: Path) -> None:
+    result = run("convert", "gte-mini", str(tmp_path / "native"), "--dtype", "float32")
+    assert result.code == 0
+    assert "with its sparse head" in result.out
+    assert (tmp_path / "native" / "model.safetensors").is_file()
+    again = run("convert", "gte-mini", str(tmp_path / "native"))
+    assert again.code == 2
+    assert "not an empty folder" in again.err
+
+
+def test_search_finds_by_words_alone_and_by_other_fusions(run: Run, db: Path) -> None:
+    for options in (["--mode", "sparse"], ["--mode", "union", "--fusion", "reciprocal_rank"]):
+        assert run("search", "bread", "--db", str(db), *options).code == 0
+    result = run("search", "bread", "--db", str(db), "--fusion", "magic")
+    assert result.code == 2
+    assert "fusion is 'magic'; available:" in result.err
