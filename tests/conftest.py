@@ -22,19 +22,9 @@ os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
 
 from checkpoints import build, find_variant
 from gte_rag import GTEEncoder, GTEReranker
-from gte_rag.precision import resolve
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _auto_is_float32() -> Iterator[None]:
-    """The suite's tolerances are those of float32; test_precision.py tests what "auto" chooses."""
-    with pytest.MonkeyPatch.context() as patch:
-        choose = lambda precision, device: resolve("float32" if precision == "auto" else precision, device)  # noqa: E731
-        patch.setattr("gte_rag.encoder.resolve", choose)
-        yield
 
 
 @pytest.fixture(scope="session")
