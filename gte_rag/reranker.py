@@ -205,8 +205,9 @@ class GTEReranker:
             packed = np.concatenate([np.asarray(type_ids[row], dtype=np.int64) for row in batch.rows])
             types = torch.from_numpy(packed).to(self.device)
         cu_seqlens = torch.from_numpy(batch.cu_seqlens)
-        hidden = self._encoder._model(torch.from_numpy(batch.token_ids).to(self.device), cu_seqlens, types)
-        scores: NDArray[np.float32] = rerank_scores(hidden[cu_seqlens[:-1].to(self.device)], *self._head).cpu().numpy()
+        token_ids = torch.from_numpy(batch.token_ids).to(self.device)
+        first = self._encoder._model(token_ids, cu_seqlens, types, firsts=True)
+        scores: NDArray[np.float32] = rerank_scores(first, *self._head).cpu().numpy()
         return scores
 
 

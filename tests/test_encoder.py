@@ -166,7 +166,8 @@ def test_either_kind_alone_equals_its_half_of_both(tiny: GTEEncoder) -> None:
     dense, sparse = tiny.encode_documents(TEXTS, sparse=False), tiny.encode_documents(TEXTS, dense=False)
     assert dense.sparse is None
     assert sparse.dense is None
-    np.testing.assert_array_equal(dense_of(dense), dense_of(both))
+    # Dense vectors alone take another way through the last layer, which computes the first tokens only: float32 rounding.
+    np.testing.assert_allclose(dense_of(dense), dense_of(both), rtol=0, atol=1e-6)
     assert sparse_of(sparse) == sparse_of(both)
 
 

@@ -18,6 +18,7 @@ LAYERS = (
     "config",
     "tokenization",
     "model",
+    "precision",
     "heads",
     "modelscope",
     "checkpoint",

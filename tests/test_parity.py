@@ -47,7 +47,7 @@ def test_vectors_equal_those_of_transformers(variant: Variant, tmp_path: Path) -
     if variant.mixed:
         pytest.skip("transformers cannot express the mixed scaling; the float64 reference covers it")
     folder = build(variant, tmp_path / "checkpoint")
-    encoder = GTEEncoder.from_pretrained(folder, device="cpu")
+    encoder = GTEEncoder.from_pretrained(folder, device="cpu", precision="float32")
     ids = token_ids(folder, MIXED)
     assert max(map(len, ids)) > 2000
     oracle = folder if variant.native else native_twin(folder, tmp_path / "native")
@@ -68,7 +68,7 @@ def test_vectors_equal_those_of_transformers(variant: Variant, tmp_path: Path) -
 @each_variant
 def test_vectors_equal_those_of_the_float64_reference(variant: Variant, tmp_path: Path) -> None:
     folder = build(variant, tmp_path)
-    encoder = GTEEncoder.from_pretrained(folder, device="cpu")
+    encoder = GTEEncoder.from_pretrained(folder, device="cpu", precision="float32")
     oracle = reference.ReferenceEncoder(read_config(folder), read_weights(folder))
     dimension = encoder.config.hidden_size // 2
     ids = token_ids(folder, TEXTS)
@@ -94,7 +94,7 @@ def test_plain_theta_without_the_extra_factor_is_caught(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"rope_theta": 160000, "rope_scaling": None}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    wrong = GTEEncoder.from_pretrained(folder, device="cpu").encode_documents(MIXED).dense
+    wrong = GTEEncoder.from_pretrained(folder, device="cpu", precision="float32").encode_documents(MIXED).dense
     assert wrong is not None
     assert np.abs(wrong - np.stack(dense)).max() > 100 * TOLERANCE
 
@@ -104,8 +104,12 @@ def test_all_layouts_of_one_network_give_the_same_vectors_and_fingerprint(tmp_pa
     results = []
     for layout in ("legacy", "legacy-bare", "legacy-unpacked"):
         variant = dataclasses.replace(base, layout=layout)
-        results.append(GTEEncoder.from_pretrained(build(variant, tmp_path / layout), device="cpu"))
-    results.append(GTEEncoder.from_pretrained(native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu"))
+        results.append(GTEEncoder.from_pretrained(build(variant, tmp_path / layout), device="cpu", precision="float32"))
+    results.append(
+        GTEEncoder.from_pretrained(
+            native_twin(tmp_path / "legacy", tmp_path / "native"), device="cpu", precision="float32"
+        )
+    )
     assert len({encoder.fingerprint for encoder in results}) == 1
     vectors = [encoder.encode_documents(TEXTS).dense for encoder in results]
     assert vectors[0] is not None

@@ -156,7 +156,7 @@ def test_an_option_given_twice_alike_is_accepted(loaded: list[dict[str, Any]]) -
         ({"multi_process": True}, "multi_process must be False: run one process per device"),
         ({"max_lenght": 512}, "max_lenght"),
         ({"dimension": 3}, "dimension is 3; this model gives dense vectors of"),
-        ({"precision": "int3"}, "precision is 'int3'; accepted here"),
+        ({"precision": "int3"}, "precision is 'int3'; accepted"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(options: dict[str, Any], message: str) -> None:

@@ -259,7 +259,7 @@ def test_worker_processes_of_a_pipeline_load_the_model_themselves(embedding: GTE
         ({"normalize": False}, ValueError, "normalize must be True"),
         ({"dimension": 3}, ValueError, "dimension is 3; this model gives dense vectors of"),
         ({"max_length": 2}, ValueError, "max_length is 2; this model reads"),
-        ({"precision": "int3"}, ValueError, "precision is 'int3'; accepted here"),
+        ({"precision": "int3"}, ValueError, "precision is 'int3'; accepted"),
         ({"embed_batch_size": 0}, ValueError, "embed_batch_size"),
         ({"pooling": "mean"}, TypeError, "pooling"),
         ({"encoder": "gte-mini"}, TypeError, r"encoder is str; give a gte_rag\.GTEEncoder"),
