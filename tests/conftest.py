@@ -18,6 +18,8 @@ import pytest
 # A test that needs the network is a mistake: fail at once instead of waiting for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small products on busy cores: several threads wait for each other far longer than one computes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
 
 from checkpoints import build, find_variant

@@ -8,17 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gte_rag.chroma import Candidates, HybridCollection
-from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import missing_extra
-from gte_rag.fusion import FUSIONS, fusion_named
-from gte_rag.neighbours import neighbours, unit_vector
-from gte_rag.records import Record
-from gte_rag.vectors import FloatArray, SparseVector
 
-try:
-    import chromadb
-    from chromadb.api import ClientAPI
+try:  # before gte_rag.chroma, so that the extra that brings both is named
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
     from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
     from llama_index.core.schema import BaseNode, MetadataMode
@@ -29,9 +21,18 @@ try:
         VectorStoreQueryMode,
         VectorStoreQueryResult,
     )
-except ImportError as error:  # Chroma is there: gte_rag.chroma has been imported
+except ImportError as error:
     raise missing_extra("llama-index-core", "llama-index") from error
 
+import chromadb
+from chromadb.api import ClientAPI
+
+from gte_rag.chroma import Candidates, HybridCollection
+from gte_rag.encoder import GTEEncoder
+from gte_rag.fusion import FUSIONS, fusion_named
+from gte_rag.neighbours import neighbours, unit_vector
+from gte_rag.records import Record
+from gte_rag.vectors import FloatArray, SparseVector
 from llama_index.vector_stores.gte.nodes import chroma_filter, embedded_text, joined, metadata_of, node_of
 
 _SERVER_PORT = 8000  # Chroma's
