@@ -21,7 +21,7 @@ from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import CollectionMismatchError, missing_extra
 from gte_rag.fusion import Calibration
 from gte_rag.lexical import SparseIndex
-from gte_rag.lexical_view import LexicalView, LocalLog, Source
+from gte_rag.lexical_view import LexicalView, Source, Token
 from gte_rag.records import (
     RESERVED_KEY,
     Metadata,
@@ -44,6 +44,7 @@ except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
 _FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
+_DATABASE_FILE = "chroma.sqlite3"
 _CALIBRATION_KEY, _STAMP_KEY = "gte_rag:calibration", "gte_rag:stamp"
 # Records encoded and written together: an interrupted run keeps every group that was finished.
 _GROUP = 1024
@@ -178,11 +179,11 @@ class HybridCollection:
             Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
         )
         identity = str(self.collection.id)
-        self._log = None if folder is None else LocalLog.open(folder, identity)
+        self._database = None if folder is None else folder / _DATABASE_FILE
         self._view = LexicalView.of(
             identity,
             encoder.vocab_size,
-            file=None if folder is None or self._log is None else folder / "gte_rag" / identity,
+            file=None if folder is None else folder / "gte_rag" / identity,
             stamp=encoder.fingerprint,
         )
 
@@ -300,7 +301,7 @@ class HybridCollection:
                 before = self._token()
                 self.collection.delete(part, **filters)
                 self._stamp()
-                if self._log is None and where is None and where_document is None:
+                if where is None and where_document is None:
                     self._view.wrote(before, self._token(), part, None)
 
     def count(self) -> int:
@@ -414,7 +415,7 @@ class HybridCollection:
 
     def lexical_index(self) -> SparseIndex:
         """Return the exact index over all sparse vectors, brought up to date; see `gte_rag.lexical_view`."""
-        return self._view.fresh(Source(self._fetch_sparse, self._token, self._log))
+        return self._view.fresh(Source(self._fetch_sparse, self._token))
 
     def refresh(self) -> None:
         """Build the lexical index anew at the next search.
@@ -548,8 +549,7 @@ class HybridCollection:
                         ids=ids[part], documents=texts[part], embeddings=encoding.dense, metadatas=cast(Any, stored)
                     )
                     self._stamp()
-                    if self._log is None:
-                        self._view.wrote(before, self._token(), ids[part], partial(_as_stored, encoding.sparse))
+                    self._view.wrote(before, self._token(), ids[part], partial(_as_stored, encoding.sparse))
                 progress.update(len(stored))
 
     def _drop_old_keys(self, ids: list[str], metadatas: list[dict[str, Any]]) -> None:
@@ -560,15 +560,16 @@ class HybridCollection:
             new = metadatas[place[record_id]]
             new.update({key: None for key in metadata or {} if key not in new})
 
-    def _token(self) -> object:
-        """Return what tells a changed collection where there is no local log."""
-        if self._log is not None:
-            return None
-        return self.collection.count(), self._metadata().get(_STAMP_KEY)
+    def _token(self) -> Token:
+        """Return what tells a changed collection: the number of records, and the database file's time or a stamp."""
+        if self._database is not None:
+            status = self._database.stat()
+            return self.collection.count(), status.st_mtime_ns, status.st_size
+        return self.collection.count(), str(self._metadata().get(_STAMP_KEY))
 
     def _stamp(self) -> None:
-        """Let gte-rag in other processes know of a write; with a local log they see it anyway."""
-        if self._log is None and _FINGERPRINT_KEY in self._metadata():
+        """Let gte-rag in other processes know of a write; those of a local database see its file change."""
+        if self._database is None and _FINGERPRINT_KEY in self._metadata():
             self._remember({_STAMP_KEY: uuid.uuid4().hex})
 
     def _pages(self, include: list[str]) -> Iterator[dict[str, Any]]:
@@ -579,14 +580,8 @@ class HybridCollection:
             if found["ids"]:
                 yield cast(dict[str, Any], found)
 
-    def _fetch_sparse(self, ids: Sequence[str] | None) -> Iterator[tuple[list[str], SparseMatrix]]:
-        include: Any = ["documents", "metadatas"]
-        pages = (
-            self._pages(include)
-            if ids is None
-            else (cast(dict[str, Any], self.collection.get(part, include=include)) for part in self._parts(list(ids)))
-        )
-        for found in pages:
+    def _fetch_sparse(self) -> Iterator[tuple[list[str], SparseMatrix]]:
+        for found in self._pages(["documents", "metadatas"]):
             yield found["ids"], self._fresh_sparse(found)
 
     def _candidates(self, found: Mapping[str, Any], cosines: FloatArray) -> Candidates:
