@@ -421,7 +421,7 @@ class HybridCollection:
         """Build the lexical index anew at the next search.
 
         Needed only after another program has replaced texts, without changing their number, in an in-memory collection or
-        behind a server; everything else is noticed.
+        behind a server, or has written to a local database within a few milliseconds of a write of this process.
         """
         self._view.invalidate()
 
@@ -561,10 +561,10 @@ class HybridCollection:
             new.update({key: None for key in metadata or {} if key not in new})
 
     def _token(self) -> Token:
-        """Return what tells a changed collection: the number of records, and the database file's time or a stamp."""
+        """Return what tells a changed collection: the database file's time, or the number of records and a stamp."""
         if self._database is not None:
             status = self._database.stat()
-            return self.collection.count(), status.st_mtime_ns, status.st_size
+            return status.st_mtime_ns, status.st_size
         return self.collection.count(), str(self._metadata().get(_STAMP_KEY))
 
     def _stamp(self) -> None:

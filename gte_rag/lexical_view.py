@@ -1,8 +1,8 @@
 """The lexical index of one collection: a cache of its records, never the truth.
 
-Chroma cannot be asked "what changed?", so a token tells a changed collection from an unchanged one: the number of records and,
-for a local database, size and time of its file (looked at, never opened: a second SQLite in one process would release the locks
-of Chroma's), elsewhere a stamp that gte-rag's writers leave. This process's own writes are taken over one by one; after any
+Chroma cannot be asked "what changed?", so a token tells a changed collection from an unchanged one: for a local database size
+and time of its file (looked at, never opened: a second SQLite in one process would release the locks of Chroma's), elsewhere
+the number of records and a stamp that gte-rag's writers leave. This process's own writes are taken over one by one; after any
 other change the index is built anew.
 """
 
