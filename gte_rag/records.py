@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from gte_rag.tokenization import check_texts
+from gte_rag.tokenization import check_texts, check_unicode
 from gte_rag.vectors import SparseMatrix, pack_sparse_rows
 
 MetadataValue: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
@@ -65,15 +65,6 @@ def _digest(text: str, packed: str) -> str:
     return hashlib.blake2b(f"{text}\0{packed}".encode(), digest_size=8).hexdigest()
 
 
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} has a lone surrogate {text[error.start]!r} at character {error.start}, which is no valid Unicode"
-        ) from None
-
-
 def check_ids(ids: Sequence[str]) -> list[str]:
     """Return the ids as a list, or refuse what is not a list of unique, non-empty strings."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
@@ -84,7 +75,7 @@ def check_ids(ids: Sequence[str]) -> list[str]:
             raise TypeError(f"ids[{position}] is {type(record_id).__name__}; every id must be a string")
         if not record_id:
             raise ValueError(f"ids[{position}] is empty; an id has at least one character")
-        _check_unicode(record_id, f"ids[{position}]")
+        check_unicode(record_id, f"ids[{position}]")
     if len(set(checked)) != len(checked):
         seen: set[str] = set()
         repeated = [record_id for record_id in checked if record_id in seen or seen.add(record_id)]  # type: ignore[func-returns-value]
@@ -123,7 +114,7 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
             )
         if value is None:
             continue
-        _check_unicode(key, f"a key of {where}")
+        check_unicode(key, f"a key of {where}")
         values = value if isinstance(value, list) else [value]
         kinds = {type(item) for item in values}
         if len(kinds) != 1 or not kinds <= {str, int, float, bool}:
@@ -136,7 +127,7 @@ def _check_metadata(metadata: Metadata | None, where: str) -> Iterator[tuple[str
             if isinstance(item, int) and not -(2**63) <= item < 2**63:
                 raise ValueError(f"{where}[{key!r}] is {item}; Chroma stores whole numbers of 64 bits")
             if isinstance(item, str):
-                _check_unicode(item, f"{where}[{key!r}]")
+                check_unicode(item, f"{where}[{key!r}]")
         yield key, value
 
 

@@ -45,15 +45,25 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     for position, text in enumerate(checked):
         if not isinstance(text, str):
             raise TypeError(f"texts[{position}] is {type(text).__name__}; every text must be a string")
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"texts[{position}] has a lone surrogate {text[error.start]!r} at character {error.start}, which is "
-                    "no valid Unicode; repair it, for example with text.encode('utf-8', 'replace').decode('utf-8')"
-                ) from None
+        check_unicode(text, f"texts[{position}]")
     return checked
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuse a text that no encoding can write; `where` names it in the message.
+
+    Raises:
+        ValueError: The text holds a lone surrogate.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has a lone surrogate {text[error.start]!r} at character {error.start}, which is no valid Unicode; "
+            "repair it, for example with text.encode('utf-8', 'replace').decode('utf-8')"
+        ) from None
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
