@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from gte_rag.encoder import GTEEncoder
+from gte_rag.encoder import PROGRESS_DELAY_S, GTEEncoder
 from gte_rag.errors import CollectionMismatchError, missing_extra
 from gte_rag.fusion import Calibration
 from gte_rag.lexical import SparseIndex
@@ -43,12 +43,12 @@ try:
 except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
-_FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
-_DATABASE_FILE = "chroma.sqlite3"
+# What a collection remembers of its model, and Chroma's own file in the folder of a local database.
+FINGERPRINT_KEY, MODEL_KEY, DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
+DATABASE_FILE = "chroma.sqlite3"
 _CALIBRATION_KEY, _STAMP_KEY = "gte_rag:calibration", "gte_rag:stamp"
 # Records encoded and written together: an interrupted run keeps every group that was finished.
 _GROUP = 1024
-_PROGRESS_DELAY_S = 2.0
 # Texts of somebody else's collection that are encoded to see whether its vectors come from this model, and how close their
 # cosines must be: other precisions and dtypes stay above 0.99, other models far below.
 _ADOPTION_SAMPLE = 8
@@ -158,9 +158,9 @@ class HybridCollection:
         self.encoder = encoder
         self._encoded_text = encoded_text
         self._marks: dict[str, str | int] = {
-            _FINGERPRINT_KEY: encoder.fingerprint,
-            _MODEL_KEY: encoder.name,
-            _DIMENSION_KEY: encoder.dimension,
+            FINGERPRINT_KEY: encoder.fingerprint,
+            MODEL_KEY: encoder.name,
+            DIMENSION_KEY: encoder.dimension,
         }
         self._client = client
         try:
@@ -179,7 +179,7 @@ class HybridCollection:
             Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
         )
         identity = str(self.collection.id)
-        self._database = None if folder is None else folder / _DATABASE_FILE
+        self._database = None if folder is None else folder / DATABASE_FILE
         self._view = LexicalView.of(
             identity,
             encoder.vocab_size,
@@ -298,11 +298,12 @@ class HybridCollection:
             return
         for part in self._parts(check_ids(ids)):
             with self._view.writing:
-                before = self._token()
+                before = self._before()
                 self.collection.delete(part, **filters)
-                self._stamp()
                 if where is None and where_document is None:
-                    self._view.wrote(before, self._token(), part, None)
+                    self._wrote(before, part, None)
+                else:
+                    self._stamp()
 
     def count(self) -> int:
         """Return the number of records."""
@@ -324,7 +325,7 @@ class HybridCollection:
             How many records got a sparse vector.
         """
         written = 0
-        with tqdm(total=self.count(), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
+        with tqdm(total=self.count(), unit="text", disable=not show_progress, delay=PROGRESS_DELAY_S) as progress:
             for found in self._pages(["documents", "metadatas"]):
                 texts, metadatas = _texts(found), _metadatas(found)
                 fingerprint = self.encoder.fingerprint
@@ -344,7 +345,7 @@ class HybridCollection:
                         )
                     written += len(stale)
                 progress.update(len(texts))
-        if _FINGERPRINT_KEY not in (self._metadata() or {}) and self._space == "cosine":
+        if FINGERPRINT_KEY not in (self._metadata() or {}) and self._space == "cosine":
             self._remember(self._marks)
         return written
 
@@ -456,32 +457,35 @@ class HybridCollection:
         return dict(self._client.get_collection(self.name, embedding_function=None).metadata or {})
 
     def _remember(self, values: Mapping[str, str | int]) -> None:
-        kept = {key: value for key, value in self._metadata().items() if not key.startswith("hnsw:")}
-        self.collection.modify(metadata={**kept, **values})
+        self._replace_metadata({**self._metadata(), **values})
+
+    def _replace_metadata(self, metadata: Mapping[str, Any]) -> None:
+        # Chroma hands out its old settings of the index as metadata and takes none back.
+        self.collection.modify(metadata={key: value for key, value in metadata.items() if not key.startswith("hnsw:")})
 
     def _check_marks(self, adopt: bool) -> str:
         """Refuse a collection of another model, dimension or distance; return its distance."""
         collection, stored, marks = self.collection, dict(self.collection.metadata or {}), self._marks
         raw = collection.configuration_json
         space = str((raw.get("hnsw") or raw.get("spann") or {}).get("space"))
-        if _FINGERPRINT_KEY in stored:
-            if stored[_FINGERPRINT_KEY] != marks[_FINGERPRINT_KEY]:
+        if FINGERPRINT_KEY in stored:
+            if stored[FINGERPRINT_KEY] != marks[FINGERPRINT_KEY]:
                 raise CollectionMismatchError(
-                    f"collection {self.name!r} was made by the model {stored.get(_MODEL_KEY)!r} (fingerprint "
-                    f"{stored[_FINGERPRINT_KEY]}); this encoder is {marks[_MODEL_KEY]!r} (fingerprint "
-                    f"{marks[_FINGERPRINT_KEY]}). Open it with the model that made it, or index into another collection"
+                    f"collection {self.name!r} was made by the model {stored.get(MODEL_KEY)!r} (fingerprint "
+                    f"{stored[FINGERPRINT_KEY]}); this encoder is {marks[MODEL_KEY]!r} (fingerprint "
+                    f"{marks[FINGERPRINT_KEY]}). Open it with the model that made it, or index into another collection"
                 )
-            if stored.get(_DIMENSION_KEY) != marks[_DIMENSION_KEY]:
+            if stored.get(DIMENSION_KEY) != marks[DIMENSION_KEY]:
                 raise CollectionMismatchError(
-                    f"collection {self.name!r} holds vectors of dimension {stored.get(_DIMENSION_KEY)}; this encoder gives "
-                    f"{marks[_DIMENSION_KEY]}. Load it with dimension={stored.get(_DIMENSION_KEY)}, or use another collection"
+                    f"collection {self.name!r} holds vectors of dimension {stored.get(DIMENSION_KEY)}; this encoder gives "
+                    f"{marks[DIMENSION_KEY]}. Load it with dimension={stored.get(DIMENSION_KEY)}, or use another collection"
                 )
         if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(
                 f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
                 'collection, or create this one with configuration={"hnsw": {"space": "cosine"}}'
             )
-        if _FINGERPRINT_KEY not in stored:
+        if FINGERPRINT_KEY not in stored:
             if not collection.count():
                 self._remember(marks)
             elif adopt:
@@ -530,7 +534,7 @@ class HybridCollection:
     ) -> None:
         size = min(_GROUP, self._max_batch)
         fingerprint = self.encoder.fingerprint
-        with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=_PROGRESS_DELAY_S) as progress:
+        with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=PROGRESS_DELAY_S) as progress:
             for start in range(0, len(ids), size):
                 part = slice(start, start + size)
                 encoding = self.encoder.encode_documents(self._as_encoded(texts[part], metadatas[part]))
@@ -543,34 +547,77 @@ class HybridCollection:
                     )
                 ]
                 with self._view.writing:
-                    before = self._token()
-                    self._drop_old_keys(ids[part], stored)
+                    before = self._before()
+                    known = self._drop_old_keys(ids[part], stored)
                     self.collection.upsert(
                         ids=ids[part], documents=texts[part], embeddings=encoding.dense, metadatas=cast(Any, stored)
                     )
-                    self._stamp()
-                    self._view.wrote(before, self._token(), ids[part], partial(_as_stored, encoding.sparse))
+                    self._wrote(before, ids[part], partial(_as_stored, encoding.sparse), added=len(stored) - known)
                 progress.update(len(stored))
 
-    def _drop_old_keys(self, ids: list[str], metadatas: list[dict[str, Any]]) -> None:
-        """Mark for removal what existing records have and the new metadata lacks: Chroma's upsert merges."""
+    def _drop_old_keys(self, ids: list[str], metadatas: list[dict[str, Any]]) -> int:
+        """Mark for removal what existing records have and the new metadata lacks: Chroma's upsert merges.
+
+        Returns:
+            How many of the records exist.
+        """
         old = self.collection.get(ids, include=["metadatas"])
         place = {record_id: index for index, record_id in enumerate(ids)}
         for record_id, metadata in zip(old["ids"], old["metadatas"] or [], strict=True):
             new = metadatas[place[record_id]]
             new.update({key: None for key in metadata or {} if key not in new})
+        return len(old["ids"])
 
-    def _token(self) -> Token:
+    def _token(self, stamp: str | None = None) -> Token:
         """Return what tells a changed collection: the database file's time, or the number of records and a stamp."""
         if self._database is not None:
             status = self._database.stat()
             return status.st_mtime_ns, status.st_size
-        return self.collection.count(), str(self._metadata().get(_STAMP_KEY))
+        return self.collection.count(), str(self._metadata().get(_STAMP_KEY)) if stamp is None else stamp
 
-    def _stamp(self) -> None:
-        """Let gte-rag in other processes know of a write; those of a local database see its file change."""
-        if self._database is None and _FINGERPRINT_KEY in self._metadata():
-            self._remember({_STAMP_KEY: uuid.uuid4().hex})
+    def _before(self) -> Token | None:
+        """Return the token before a write; None if no lexical index has to follow, which spares requests to a server."""
+        return self._token() if self._view.built else None
+
+    def _stamp(self) -> tuple[str, str]:
+        """Let gte-rag in other processes know of a write; return the stamp that was there and the one that is there now.
+
+        Those of a local database see its file change, and an adopted collection is not written to.
+        """
+        if self._database is not None:
+            return "", ""
+        metadata = self._metadata()
+        found = left = str(metadata.get(_STAMP_KEY))
+        if FINGERPRINT_KEY in metadata:
+            left = uuid.uuid4().hex
+            self._replace_metadata({**metadata, _STAMP_KEY: left})
+        return found, left
+
+    def _wrote(
+        self,
+        before: Token | None,
+        ids: Sequence[str],
+        vectors: Callable[[], SparseMatrix] | None,
+        *,
+        added: int | None = None,
+    ) -> None:
+        """Stamp the collection, and let the lexical index follow a write.
+
+        Args:
+            before: What `_before` returned.
+            ids: The records written or deleted.
+            vectors: Gives their sparse vectors as stored; None for a deletion.
+            added: How many of them are new, if that is known.
+        """
+        found, left = self._stamp()
+        if before is None:
+            return
+        after = self._token(left)
+        if self._database is None:
+            grown = cast(int, after[0]) - cast(int, before[0])
+            if found != before[1] or added not in (None, grown):
+                after = ()  # someone else has written meanwhile: the index fits no state
+        self._view.wrote(before, after, ids, vectors)
 
     def _pages(self, include: list[str]) -> Iterator[dict[str, Any]]:
         """Read all records in pages; records written meanwhile may or may not be among them."""

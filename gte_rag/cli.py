@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from gte_rag.retriever import Hit
 
 _DEFAULT_MODEL = "gte-mini"
-_DATABASE_FILE = "chroma.sqlite3"
-# What a collection remembers of its model.
-_FINGERPRINT_KEY, _MODEL_KEY, _DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
 # Lines of standard input that `encode` reads, encodes and prints together.
 _ENCODE_GROUP = 64
 # A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
@@ -243,7 +240,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _index(arguments: argparse.Namespace) -> int:
     _require("chromadb", "rich", "semantic_text_splitter")
-    from gte_rag.chroma import HybridCollection
+    from gte_rag.chroma import DATABASE_FILE, HybridCollection
     from gte_rag.indexing import CHUNK_TOKENS, Selection, Splitter, read_file, read_stdin, select_files, sync
 
     started = time.monotonic()
@@ -251,7 +248,7 @@ def _index(arguments: argparse.Namespace) -> int:
     if not selection.files and not selection.failed and "-" not in arguments.paths:
         _say(f"warning: no .md, .markdown, .txt, .text or .rst files in {', '.join(arguments.paths)}")
     client, recorded = None, {}
-    if (arguments.db / _DATABASE_FILE).is_file():
+    if (arguments.db / DATABASE_FILE).is_file():
         client = _open_client(arguments.db)
         recorded = _recorded(client, arguments.collection) or {}
     elif os.path.lexists(arguments.db) and not arguments.db.is_dir():
@@ -313,10 +310,10 @@ def _progress(total: int) -> Iterator[Progress]:
 
 def _search(arguments: argparse.Namespace) -> int:
     _require("chromadb", "rich")
-    from gte_rag.chroma import HybridCollection
+    from gte_rag.chroma import DATABASE_FILE, MODEL_KEY, HybridCollection
     from gte_rag.retriever import HybridRetriever
 
-    if not (arguments.db / _DATABASE_FILE).is_file():
+    if not (arguments.db / DATABASE_FILE).is_file():
         raise _CommandError(
             f"there is no index in {arguments.db}; make one:  gte-rag index PATH --db {arguments.db}", 1
         )
@@ -327,7 +324,7 @@ def _search(arguments: argparse.Namespace) -> int:
         raise _CommandError(
             f"{arguments.db} has no collection {arguments.collection!r}; it has: {names}. Choose with --collection", 1
         )
-    if _MODEL_KEY not in recorded:
+    if MODEL_KEY not in recorded:
         raise _CommandError(f"collection {arguments.collection!r} was not made by gte-rag; index into another one", 1)
     if not client.get_collection(arguments.collection, embedding_function=None).count():
         raise _CommandError(f"collection {arguments.collection!r} in {arguments.db} is empty; index something first", 1)
@@ -577,11 +574,13 @@ def _load_encoder_of_index(
     model: str | None, device: str | None, dimension: int | None, recorded: Mapping[str, Any]
 ) -> GTEEncoder:
     """Load the model that a collection remembers, or one that was named in its place."""
+    from gte_rag.chroma import DIMENSION_KEY, FINGERPRINT_KEY, MODEL_KEY
+
     if model is None:
-        return _load_encoder(recorded.get(_MODEL_KEY), device, dimension or recorded.get(_DIMENSION_KEY))
+        return _load_encoder(recorded.get(MODEL_KEY), device, dimension or recorded.get(DIMENSION_KEY))
     encoder = _load_encoder(model, device, dimension)
-    if dimension is None and recorded.get(_FINGERPRINT_KEY) == encoder.fingerprint:  # the same model by another name
-        encoder = _load_encoder(model, device, recorded[_DIMENSION_KEY])
+    if dimension is None and recorded.get(FINGERPRINT_KEY) == encoder.fingerprint:  # the same model by another name
+        encoder = _load_encoder(model, device, recorded[DIMENSION_KEY])
     return encoder
 
 

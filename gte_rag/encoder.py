@@ -32,7 +32,8 @@ from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 _MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 # Texts tokenized and sorted together: bounds the memory of a long run without hurting the packing.
 _WINDOW = 2048
-_PROGRESS_DELAY_S = 2.0
+# Work that takes less shows no progress bar.
+PROGRESS_DELAY_S = 2.0
 
 
 class _Asked(NamedTuple):
@@ -361,7 +362,7 @@ class GTEEncoder:
         asked = _Asked(prompt, dense, sparse, dimension)
         windows = [checked[start : start + _WINDOW] for start in range(0, len(checked), _WINDOW)]
         if show_progress:
-            with tqdm(total=len(checked), unit="text", delay=_PROGRESS_DELAY_S) as progress:
+            with tqdm(total=len(checked), unit="text", delay=PROGRESS_DELAY_S) as progress:
                 parts = list(self._encode_windows(windows, asked, progress.update))
         else:
             parts = list(self._encode_windows(windows, asked))

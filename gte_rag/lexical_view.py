@@ -75,6 +75,11 @@ class LexicalView:
                 view = cls._shared[f"{collection_id}:{stamp}"] = cls(vocab_size, file=file, stamp=stamp)
             return view
 
+    @property
+    def built(self) -> bool:
+        """Whether there is an index, which has to be told of writes."""
+        return self._index is not None
+
     def fresh(self, source: Source) -> SparseIndex:
         """Return the index after bringing it up to date with the collection."""
         with self.writing, self._lock:
@@ -103,7 +108,7 @@ class LexicalView:
         Args:
             before: The source's token before the write; if it is not the one the index was built at, someone else has
                 written as well and the index is rebuilt at the next search.
-            after: The token after the write.
+            after: The token after the write; an empty one if it is unknown, and the index is rebuilt at the next search.
             ids: The records written or deleted.
             vectors: Gives their sparse vectors as stored; None for a deletion.
         """

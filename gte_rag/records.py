@@ -1,13 +1,17 @@
 """What a collection stores: checked records, and the sealed sparse vector in their metadata.
 
-A seal is one string: format tag, the model's fingerprint, a digest of the text and the weights, packed weights. It opens only
-for the same model and the same text, so a value that another program left behind, or damaged, is never trusted.
+A seal is one string: format tag, the model's fingerprint, the time, a digest of the text and the weights, packed weights. It
+opens only for the same model and the same text, so a value that another program left behind, or damaged, is never trusted.
+
+The time is there for its order alone. Chroma keeps an index over all metadata strings; seals that began with the digest would
+scatter over it, and every group of records would rewrite most of its pages. Seals that rise are appended at its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,7 +23,9 @@ MetadataValue: TypeAlias = str | int | float | bool | list[str] | list[int] | li
 Metadata: TypeAlias = Mapping[str, MetadataValue]
 
 RESERVED_KEY = "gte_rag:sparse"
-_FORMAT = "1"
+_FORMAT = "2"
+# The formats that are read, and of how many fields each consists: the first had no time.
+_FIELDS = {"1": 4, "2": 5}
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,20 @@ class Record:
 
 
 def seal(vectors: SparseMatrix, texts: Sequence[str], fingerprint: str) -> list[str]:
-    """Return the stored form of each text's sparse vector."""
-    packed = zip(texts, pack_sparse_rows(vectors), strict=True)
-    return [":".join((_FORMAT, fingerprint, _digest(text, value), value)) for text, value in packed]
+    """Return the stored form of each text's sparse vector; later ones sort after earlier ones."""
+    now = time.time_ns() // 1000
+    packed = enumerate(zip(texts, pack_sparse_rows(vectors), strict=True), start=now)
+    return [f"{_FORMAT}:{fingerprint}:{moment:013x}:{_digest(text, value)}:{value}" for moment, (text, value) in packed]
 
 
 def open_seal(value: object, text: str, fingerprint: str) -> str | None:
     """Return the packed vector in a seal, or None if it belongs to another text or model, or is missing or damaged."""
-    prefix = f"{_FORMAT}:{fingerprint}:"
-    if not isinstance(value, str) or not value.startswith(prefix):
+    if not isinstance(value, str):
         return None
-    digest, _, packed = value[len(prefix) :].partition(":")
+    fields = value.split(":")
+    if len(fields) != _FIELDS.get(fields[0]) or fields[1] != fingerprint:
+        return None
+    digest, packed = fields[-2:]
     # The digest covers the weights too: cut short, they may still unpack, to wrong ones.
     return packed if digest == _digest(text, packed) else None
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_rag.reranker import GTEReranker
-from gte_rag.retriever import Hit, HybridRetriever
+from gte_rag.retriever import Hit, HybridRetriever, check_count
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class RerankingRetriever:
             raise TypeError(f"reranker is {type(reranker).__name__}; give a GTEReranker")
         self.retriever = retriever
         self.reranker = reranker
-        self.k = _check_count("k", k)
-        self.candidates = _check_count("candidates", candidates)
+        self.k = check_count("k", k)
+        self.candidates = check_count("candidates", candidates)
 
     def search(
         self,
@@ -62,19 +62,11 @@ class RerankingRetriever:
         where: Mapping[str, Any] | None = None,
         where_document: Mapping[str, Any] | None = None,
     ) -> list[RerankedHit]:
-        """Return the best hits for a query, best first.
+        """Return the best hits for a query, best first; arguments and errors as for `HybridRetriever.search`.
 
-        Args:
-            query: The question or search words.
-            k: Number of hits; None is the retriever's own. More than `candidates` raises the candidates to `k`.
-            where: Chroma's filter on metadata, for example ``{"year": {"$gte": 2020}}``.
-            where_document: Chroma's filter on texts, for example ``{"$contains": "Beijing"}``.
-
-        Raises:
-            TypeError: `query` is not a string.
-            ValueError: `k` is out of range, or Chroma refuses a filter.
+        The retriever finds `candidates` hits, or `k` if that is more.
         """
-        k = self.k if k is None else _check_count("k", k)
+        k = self.k if k is None else check_count("k", k)
         hits = self.retriever.search(query, k=max(k, self.candidates), where=where, where_document=where_document)
         return _reranked(hits, self.reranker.score_pairs([(query, hit.text) for hit in hits]), k)
 
@@ -87,7 +79,7 @@ class RerankingRetriever:
         where_document: Mapping[str, Any] | None = None,
     ) -> list[RerankedHit]:
         """Search in worker threads, so that the event loop goes on meanwhile; see `search`."""
-        k = self.k if k is None else _check_count("k", k)
+        k = self.k if k is None else check_count("k", k)
         hits = await self.retriever.asearch(
             query, k=max(k, self.candidates), where=where, where_document=where_document
         )
@@ -102,11 +94,3 @@ def _reranked(hits: Sequence[Hit], scores: NDArray[np.float32], k: int) -> list[
         )
         for index in best
     ]
-
-
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; give a whole number")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-    return value

@@ -116,8 +116,8 @@ class HybridRetriever:
         if fusion != "calibrated" or fusion_options:
             fusion_named(fusion, options=fusion_options)  # refuses unknown options
         self.collection = collection
-        self.k = _check_count("k", k)
-        self.candidates = _check_count("candidates", candidates)
+        self.k = check_count("k", k)
+        self.candidates = check_count("candidates", candidates)
         self.mode = mode
         self.fusion = fusion
         self.fusion_options = dict(fusion_options or {})
@@ -164,7 +164,7 @@ class HybridRetriever:
         The queries are encoded together and sent to Chroma together.
         """
         queries = check_texts(queries)
-        k = self.k if k is None else _check_count("k", k)
+        k = self.k if k is None else check_count("k", k)
         if not queries:
             return []
         dense, sparse = self._encode(queries)
@@ -206,7 +206,7 @@ class HybridRetriever:
         Raises:
             ValueError: The collection has fewer than two records.
         """
-        records = self.collection.sample(_check_count("queries", queries))
+        records = self.collection.sample(check_count("queries", queries))
         if len(records) < 2:
             raise ValueError(f"the collection has {len(records)} records; calibration needs at least 2")
         dense, sparse = self._encode([_opening(record.text) for record in records])
@@ -341,7 +341,8 @@ def _opening(text: str) -> str:
     return " ".join(text.split()[:12])[:80]
 
 
-def _check_count(name: str, value: int) -> int:
+def check_count(name: str, value: int) -> int:
+    """Return a number of records asked for, or refuse what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; give a whole number")
     if value < 1:

@@ -356,7 +356,7 @@ def test_nothing_is_printed_unless_asked_for_and_never_for_short_work(
 ) -> None:
     options = {"show_progress": True} if show_progress else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gte_rag.encoder, "_PROGRESS_DELAY_S", delay)
+        patch.setattr(gte_rag.encoder, "PROGRESS_DELAY_S", delay)
         tiny.encode_documents(TEXTS, **options)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -364,7 +364,7 @@ def test_nothing_is_printed_unless_asked_for_and_never_for_short_work(
 
 def test_long_work_shows_texts_done_on_stderr(tiny: GTEEncoder, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gte_rag.encoder, "_PROGRESS_DELAY_S", 0.0)
+        patch.setattr(gte_rag.encoder, "PROGRESS_DELAY_S", 0.0)
         tiny.encode_documents(TEXTS, show_progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""

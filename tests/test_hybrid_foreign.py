@@ -214,6 +214,51 @@ def test_two_processes_share_a_server_and_see_each_others_writes(
         other.stdin.close()
 
 
+@pytest.mark.parametrize("foreign", ["stamped replacement", "addition"])
+def test_a_write_of_another_process_in_the_middle_of_ours_is_noticed(
+    chroma_client: ClientAPI, stub: StubEncoder, monkeypatch: pytest.MonkeyPatch, foreign: str
+) -> None:
+    ours = HybridRetriever(open_collection(chroma_client, "raced", stub), mode="sparse")
+    ours.collection.upsert(["a", "b"], ["bread", "stone"])
+    assert [hit.id for hit in ours.search("bread")] == ["a"]
+    raw = ours.collection.collection
+    upsert = raw.upsert
+
+    def raced(**options: Any) -> None:
+        upsert(**options)
+        other = "b" if foreign == "stamped replacement" else "d"
+        upsert(ids=[other], documents=["bread"], embeddings=stub.dense("bread")[None])
+        if foreign == "stamped replacement":
+            raw.modify(metadata={**(raw.metadata or {}), "gte_rag:stamp": "of the other process"})
+
+    monkeypatch.setattr(raw, "upsert", raced)
+    ours.collection.upsert(["c"], ["bread"])
+    found = {hit.id for hit in ours.search("bread")}
+    assert found == ({"a", "b", "c"} if foreign == "stamped replacement" else {"a", "c", "d"})
+
+
+def test_a_write_asks_for_the_collections_metadata_once(
+    chroma_client: ClientAPI, stub: StubEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time is a request to a server. Only a lexical index in use needs to know the state before, too."""
+    collection = open_collection(chroma_client, "asked", stub)
+    asked: list[str] = []
+    get_collection = chroma_client.get_collection
+
+    def counted(name: str, **options: Any) -> Any:
+        asked.append(name)
+        return get_collection(name, **options)
+
+    monkeypatch.setattr(chroma_client, "get_collection", counted)
+    collection.upsert(["a"], ["bread"])
+    collection.delete(["a"])
+    assert asked == ["asked"] * 2
+    collection.lexical_index()
+    asked.clear()
+    collection.upsert(["a"], ["bread"])
+    assert asked == ["asked"] * 2
+
+
 def _index_until_killed(folder: str, edition: int, done: Any) -> None:
     client = chromadb.PersistentClient(folder, settings=chromadb.Settings(anonymized_telemetry=False))
     collection = open_collection(client, "killed", StubEncoder())

@@ -438,7 +438,7 @@ def test_sparse_values_are_stored_when_asked_for(
     stored = raw(foreign).get(include=["documents", "metadatas"])
     assert stored["documents"] == [document.page_content for document in DOCUMENTS]
     for metadata, document in zip(stored["metadatas"], DOCUMENTS, strict=True):
-        assert metadata.pop(RESERVED_KEY).startswith("1:")
+        assert metadata.pop(RESERVED_KEY).startswith("2:")
         assert metadata == document.metadata
     monkeypatch.setattr(encoder, "encode_documents", None)  # not needed any more
     assert ids(retriever.invoke("flour")) == ["bread"]
