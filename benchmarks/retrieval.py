@@ -2,6 +2,7 @@
 
     python benchmarks/retrieval.py --sizes 1000 10000 100000 --out benchmarks/results/retrieval.json
 
+Sizes may be run one by one: those in the file are kept if machine, versions and vectors are the same.
 Vectors are made beforehand, so that only storing and searching is timed. In one run, on the same records: a plain Chroma
 collection, `langchain_chroma` over it, gte-rag in each mode, and Qdrant's local mode (dense + sparse, RRF) if `qdrant-client`
 is installed. Latencies are of single queries, the systems taking turns, in milliseconds.
@@ -19,20 +20,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import chromadb
 import numpy as np
+from chromadb.api.models.Collection import Collection
 from chromadb.config import Settings
 
 from gte_rag import HybridCollection, HybridRetriever
+from gte_rag.records import RESERVED_KEY, seal
 from gte_rag.retriever import MODES
 from gte_rag.vectors import Encoding
 from synthetic import VOCAB_SIZE, SyntheticEncoder
 
 BATCH = 1000
+# Smaller collections are indexed several times, until so many records have been written.
+SMALL = 10_000
+SYSTEMS = ("plain", "opaque", "hybrid")
 CANDIDATES = 100
 RECALL_CANDIDATES = (10, 20, 50, 100, 200, 500)
 
@@ -100,47 +108,92 @@ def client_at(folder: Path) -> Any:  # noqa: ANN401
     return chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
 
 
+@dataclass
+class Spent:
+    """What each batch of one system cost, in seconds: on the clock, and of all processors together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def time_indexing(
+    folder: Path, encoder: Precomputed, ids: list[str], texts: list[str]
+) -> tuple[Collection, HybridCollection, dict[str, Spent]]:
+    """Index the same records in each system, batch by batch, so that all meet the same noise.
+
+    `opaque` is plain Chroma storing the strings that gte-rag makes, made beforehand: what remains if nothing but them is
+    stored in addition.
+
+    Returns:
+        The plain collection, the hybrid one, and what each system has spent.
+    """
+    assert encoder.documents.dense is not None
+    cosine: Any = {"hnsw": {"space": "cosine"}}
+    plain, opaque = (
+        client_at(folder / name).create_collection(name, embedding_function=None, configuration=cosine)
+        for name in ("plain", "opaque")
+    )
+    hybrid = HybridCollection(client_at(folder / "hybrid"), "hybrid", encoder=cast(Any, encoder))
+    spent = {name: Spent() for name in SYSTEMS}
+    for number, start in enumerate(range(0, len(ids), BATCH)):
+        part = slice(start, start + BATCH)
+        metadatas: Any = [{"n": number} for number in range(start, min(start + BATCH, len(ids)))]
+        encoding = encoder.encode_documents(texts[part])
+        assert encoding.sparse is not None
+        sealed = seal(encoding.sparse, texts[part], encoder.fingerprint)
+        longer: Any = [{**metadata, RESERVED_KEY: value} for metadata, value in zip(metadatas, sealed, strict=True)]
+        records: dict[str, Any] = {"ids": ids[part], "documents": texts[part], "embeddings": encoding.dense}
+        calls: dict[str, Callable[[], object]] = {
+            "plain": partial(plain.upsert, **records, metadatas=metadatas),
+            "opaque": partial(opaque.upsert, **records, metadatas=longer),
+            "hybrid": partial(hybrid.upsert, ids[part], texts[part], metadatas=metadatas),
+        }
+        for turn in range(len(SYSTEMS)):
+            name = SYSTEMS[(number + turn) % len(SYSTEMS)]
+            began, began_cpu = time.perf_counter(), time.process_time()
+            calls[name]()
+            spent[name].wall.append(time.perf_counter() - began)
+            spent[name].cpu.append(time.process_time() - began_cpu)
+    return plain, hybrid, spent
+
+
 def measure(size: int, queries: int, base: Path) -> dict[str, Any]:
     """Return all figures for one collection size."""
     texts = [body(number) for number in range(size)]
     questions = [f"query {number}" for number in range(queries)]
     encoder = Precomputed(texts, questions)
-    assert encoder.documents.dense is not None
+    assert encoder.documents.sparse is not None
     assert encoder.queries.dense is not None
     ids = [f"r{number}" for number in range(size)]
     result: dict[str, Any] = {"records": size}
 
-    plain_folder, hybrid_folder = base / f"plain-{size}", base / f"hybrid-{size}"
-    plain = client_at(plain_folder).create_collection(
-        "plain", embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
-    )
-    hybrid = HybridCollection(client_at(hybrid_folder), "hybrid", encoder=cast(Any, encoder))
-    spent = {"plain": [0.0], "hybrid": [0.0]}
-    for start in range(0, size, BATCH):  # in turns, so that both meet the same noise
-        part = slice(start, start + BATCH)
-        metadatas: Any = [{"n": number} for number in range(start, min(start + BATCH, size))]
-        began = time.perf_counter()
-        plain.upsert(
-            ids=ids[part], documents=texts[part], embeddings=encoder.documents.dense[part], metadatas=metadatas
-        )
-        spent["plain"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        hybrid.upsert(ids[part], texts[part], metadatas=metadatas)
-        spent["hybrid"].append(time.perf_counter() - began)
-    totals = {name: sum(seconds) for name, seconds in spent.items()}
+    time_indexing(base / "warm-up", encoder, ids[:BATCH], texts[:BATCH])
+    runs = []
+    for repeat in range(max(1, SMALL // size)):
+        folder = base / f"{size}-{repeat}"
+        plain, hybrid, run = time_indexing(folder, encoder, ids, texts)
+        runs.append(run)
+    spent = {name: sum(sum(run[name].wall) for run in runs) for name in SYSTEMS}
+    cpu = {name: sum(sum(run[name].cpu) for run in runs) for name in SYSTEMS}
     result["index"] = {
-        "plain_records_per_s": round(size / totals["plain"]),
-        "hybrid_records_per_s": round(size / totals["hybrid"]),
-        "hybrid_over_plain_time": round(totals["hybrid"] / totals["plain"], 3),
-        "last_over_first_batch_time_plain": round(spent["plain"][-1] / spent["plain"][1], 2),
-        "last_over_first_batch_time_hybrid": round(spent["hybrid"][-1] / spent["hybrid"][1], 2),
+        "runs": len(runs),
+        "plain_records_per_s": round(size * len(runs) / spent["plain"]),
+        "hybrid_records_per_s": round(size * len(runs) / spent["hybrid"]),
+        "hybrid_over_plain_time": round(spent["hybrid"] / spent["plain"], 3),
+        "opaque_over_plain_time": round(spent["opaque"] / spent["plain"], 3),
+        "hybrid_over_plain_cpu_time": round(cpu["hybrid"] / cpu["plain"], 3),
+        "opaque_over_plain_cpu_time": round(cpu["opaque"] / cpu["plain"], 3),
+        **{f"last_over_first_batch_time_{name}": round(run[name].wall[-1] / run[name].wall[0], 2) for name in SYSTEMS},
     }
 
     began = time.perf_counter()
     lexical = hybrid.lexical_index()
     result["lexical_build_s"] = round(time.perf_counter() - began, 3)
+    plain_folder, hybrid_folder = folder / "plain", folder / "hybrid"
+    result["weights_per_record"] = round(encoder.documents.sparse.indices.size / size, 1)
     result["disk"] = {
         "plain_bytes_per_record": round(disk_bytes(plain_folder) / size),
+        "opaque_bytes_per_record": round(disk_bytes(folder / "opaque") / size),
         "hybrid_bytes_per_record": round(disk_bytes(hybrid_folder) / size),
         "lexical_cache_bytes_per_record": round(disk_bytes(hybrid_folder / "gte_rag") / size)
         if (hybrid_folder / "gte_rag").exists()
@@ -280,20 +333,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": versions(),
         "vectors": f"synthetic: 256 dense dimensions, 100 of {VOCAB_SIZE:,} tokens on average (Zipf), 12 in queries",
         "sizes": [],
     }
+    if options.out and options.out.exists():  # keep the other sizes if all else was the same
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))
+        if all(earlier.get(key) == result[key] for key in ("machine", "versions", "vectors")):
+            result["sizes"] = [entry for entry in earlier["sizes"] if entry["records"] not in options.sizes]
     base = Path(tempfile.mkdtemp())
     try:
         for size in options.sizes:
             print(f"{size:,} records …", file=sys.stderr)
-            result["sizes"].append(measure(size, options.queries, base))
+            command = " ".join(["python", *sys.argv])
+            result["sizes"].append({"command": command, **measure(size, options.queries, base)})
             print(json.dumps(result["sizes"][-1], indent=2), flush=True)
     finally:
         shutil.rmtree(base)
+    result["sizes"].sort(key=lambda entry: entry["records"])
+    first, last = result["sizes"][0]["index"], result["sizes"][-1]["index"]
+    kept = {name: last[f"{name}_records_per_s"] / first[f"{name}_records_per_s"] for name in ("plain", "hybrid")}
+    result["throughput_of_largest_over_smallest"] = {name: round(ratio, 3) for name, ratio in kept.items()}
+    result["hybrid_keeps_of_plains_ratio"] = round(kept["hybrid"] / kept["plain"], 3)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
+from gte_rag.vectors import Encoding, IntArray, SparseMatrix, SparseVector
 
 VOCAB_SIZE = 250_000
 
@@ -55,9 +55,17 @@ class SyntheticEncoder:
             if dense:
                 vectors[row] = rng.standard_normal(self.dimension, dtype=np.float32)
             if sparse:
-                drawn = np.searchsorted(self._cumulative, rng.random(int(weights * rng.uniform(0.5, 1.5)) + 1))
-                tokens = np.unique(self._ids[np.minimum(drawn, VOCAB_SIZE - 1)])
+                tokens = self._draw(rng, round(weights * rng.uniform(0.5, 1.5)))
                 rows.append(SparseVector(tokens, rng.uniform(0.05, 2.0, len(tokens)).astype(np.float32)))
         if dense:
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return Encoding(vectors if dense else None, SparseMatrix.from_vectors(rows, VOCAB_SIZE) if sparse else None)
+
+    def _draw(self, rng: np.random.Generator, n: int) -> IntArray:
+        """Return `n` different tokens, as if words were read until so many different ones had occurred."""
+        words = np.empty(0, dtype=np.int64)
+        while True:
+            words = np.concatenate([words, np.searchsorted(self._cumulative, rng.random(2 * n))])
+            ranks, first = np.unique(np.minimum(words, VOCAB_SIZE - 1), return_index=True)
+            if len(ranks) >= n:
+                return np.sort(self._ids[ranks[np.argsort(first)[:n]]])
