@@ -167,7 +167,7 @@ def measure(size: int, queries: int, base: Path) -> dict[str, Any]:
     ids = [f"r{number}" for number in range(size)]
     result: dict[str, Any] = {"records": size}
 
-    time_indexing(base / "warm-up", encoder, ids[:BATCH], texts[:BATCH])
+    time_indexing(base / f"warm-up-{size}", encoder, ids[:BATCH], texts[:BATCH])
     runs = []
     for repeat in range(max(1, SMALL // size)):
         folder = base / f"{size}-{repeat}"
