@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
 from gte_rag.model import GTEModel
 from gte_rag.modelscope import download
-from gte_rag.tokenization import special_token_ids
+from gte_rag.tokenization import check_unicode, special_token_ids
 
 BUNDLED = {"gte-mini": Path(__file__).parent / "gte_mini"}
 
@@ -68,6 +68,12 @@ _FETCH_ERRORS = cast(
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SAVED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# A checkpoint may come from a stranger. Real files are a tenth of these sizes; reading takes a multiple of them in memory.
+_LARGEST_FILES = {"tokenizer.json": 256 * 2**20}
+_LARGEST_FILE = 32 * 2**20
+_LONGEST_PROMPT = 4096
+# A text that is in no vocabulary: the last character for private use.
+_UNKNOWN = "\U0010fffd"
 _RERANK_HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
 # Buffers some exports contain; they are computed here.
 _BUFFERS = re.compile(r"(inv_freq|position_ids|cos_cached|sin_cached)$")
@@ -349,20 +355,44 @@ def _first_module(folder: Path) -> Path | None:
         return None
     modules = _read_json(folder / "modules.json", kind=list)
     path = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
-    nested = folder / path if isinstance(path, str) else folder
-    return nested if (nested / "config.json").is_file() and folder in nested.parents else None
+    if not isinstance(path, str) or not _is_file_name(path):
+        return None
+    return folder / path if (folder / path / "config.json").is_file() else None
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name from a checkpoint stays in its folder, on every system: no separator, no drive, not the parent."""
+    return name == PureWindowsPath(name).name and name not in ("", "..")
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:  # noqa: ANN401  # JSON has no narrower type
     try:
+        _check_size(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+    except CheckpointError:
+        raise
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, kind):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a {kind.__name__}")
     return content
+
+
+def _check_unicode(text: str, where: str, path: Path) -> None:
+    try:
+        check_unicode(text, where)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_size(path: Path) -> None:
+    size, largest = path.stat().st_size, _LARGEST_FILES.get(path.name, _LARGEST_FILE)
+    if size > largest:
+        raise CheckpointError(f"{path} has {size:,} bytes; a file of this name in a checkpoint has {largest:,} at most")
 
 
 def _read_tokenizer(folder: Path, config: GTEConfig) -> Tokenizer:
@@ -372,19 +402,26 @@ def _read_tokenizer(folder: Path, config: GTEConfig) -> Tokenizer:
             f"{folder} has no tokenizer.json; save the tokenizer with transformers' "
             "AutoTokenizer.from_pretrained(…).save_pretrained(…) to get one"
         )
+    _check_size(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception for every malformed file
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        empty = tokenizer.encode("")
+        pair = tokenizer.encode("", _UNKNOWN)  # a template or a model that is not whole shows only when it is used
+    except BaseException as error:
+        # The Rust library raises bare Exception for a malformed file, and where it panics something beside Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    largest = max([*vocabulary.values(), *empty.ids, *pair.ids])
     if largest >= config.vocab_size:
         raise CheckpointError(
             f"{path} has token ids up to {largest} but config.json a vocabulary of {config.vocab_size}; "
             "these files do not belong together"
         )
-    if len(tokenizer.encode("").ids) != 2:
+    if len(empty.ids) != 2:
         raise CheckpointError(
             f"{path} does not put one special token before and one after a text; the dense vector is the first one's"
         )
@@ -398,7 +435,9 @@ def _special_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
             raw = _read_json(folder / file)
             for role in _SPECIAL_ROLES:
                 token = raw.get(role)
-                names.add(str(token.get("content", "")) if isinstance(token, dict) else str(token or ""))
+                name = str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+                _check_unicode(name, role, folder / file)
+                names.add(name)
     return special_token_ids(tokenizer, sorted(names - {""}))
 
 
@@ -408,6 +447,12 @@ def _prompts(folder: Path) -> dict[str, str]:
     given = _read_json(path).get("prompts") or {} if path.is_file() else {}
     if not isinstance(given, dict) or not all(isinstance(prompt, str) for prompt in given.values()):
         raise CheckpointError(f"{path}: prompts must map names to strings")
+    for name, prompt in given.items():
+        if len(prompt) > _LONGEST_PROMPT:
+            raise CheckpointError(
+                f"{path}: prompt {name!r} has {len(prompt):,} characters; {_LONGEST_PROMPT:,} are accepted"
+            )
+        _check_unicode(prompt, f"prompt {name!r}", path)
     document = next((given[name] for name in ("document", "passage", "corpus") if name in given), "")
     return {"query": given.get("query", ""), "document": document}
 
@@ -421,11 +466,11 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = _read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise CheckpointError(f"{index} has no weight_map from parameters to files")
-        paths = [folder / name for name in sorted(set(shards.values()))]
-        for path in paths:
-            if path.name not in shards.values() or not path.is_file():
-                raise CheckpointError(f"{index} names {path.name}, which is not beside it; fetch the missing file")
-        return paths
+        names = sorted(set(shards.values()))
+        for name in names:
+            if not _is_file_name(name) or not (folder / name).is_file():
+                raise CheckpointError(f"{index} names {name}, which is not beside it; fetch the missing file")
+        return [folder / name for name in names]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise CheckpointError(

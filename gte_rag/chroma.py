@@ -34,7 +34,14 @@ from gte_rag.records import (
     seal,
     some_ids,
 )
-from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector, pack_sparse_rows, unpack_sparse_rows
+from gte_rag.vectors import (
+    FloatArray,
+    SparseMatrix,
+    SparseVector,
+    is_packed,
+    pack_sparse_rows,
+    unpack_sparse_rows,
+)
 
 try:
     from chromadb.api import ClientAPI
@@ -329,11 +336,7 @@ class HybridCollection:
             for found in self._pages(["documents", "metadatas"]):
                 texts, metadatas = _texts(found), _metadatas(found)
                 fingerprint = self.encoder.fingerprint
-                stale = [
-                    index
-                    for index, (text, metadata) in enumerate(zip(texts, metadatas, strict=True))
-                    if open_seal(metadata.get(RESERVED_KEY), text, fingerprint) is None
-                ]
+                _, stale = self._stored_sparse(texts, metadatas)
                 if stale:
                     vectors = self._sparse_of([texts[index] for index in stale], [metadatas[index] for index in stale])
                     values = [
@@ -637,19 +640,28 @@ class HybridCollection:
 
     def _fresh_sparse(self, found: Mapping[str, Any]) -> SparseMatrix:
         """Return sparse vectors that fit the texts: the stored ones where they do, computed ones elsewhere."""
-        texts, metadatas, fingerprint = _texts(found), _metadatas(found), self.encoder.fingerprint
-        packed = [
-            open_seal(metadata.get(RESERVED_KEY), text, fingerprint)
-            for text, metadata in zip(texts, metadatas, strict=True)
-        ]
-        stored = unpack_sparse_rows([value or "" for value in packed], self.encoder.vocab_size)
-        stale = [row for row, value in enumerate(packed) if value is None]
+        texts, metadatas = _texts(found), _metadatas(found)
+        stored, stale = self._stored_sparse(texts, metadatas)
         if not stale:
             return stored
         rows = np.arange(len(texts))
         rows[stale] = len(texts) + np.arange(len(stale))
         computed = self._sparse_of([texts[row] for row in stale], [metadatas[row] for row in stale])
         return SparseMatrix.stack([stored, computed], self.encoder.vocab_size).take(rows)
+
+    def _stored_sparse(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> tuple[SparseMatrix, list[int]]:
+        """Return the stored sparse vectors, and the rows that have none that fits the text: they are empty."""
+        packed = [
+            open_seal(metadata.get(RESERVED_KEY), text, self.encoder.fingerprint)
+            for text, metadata in zip(texts, metadatas, strict=True)
+        ]
+        vocab_size = self.encoder.vocab_size
+        try:
+            stored = unpack_sparse_rows([value or "" for value in packed], vocab_size)
+        except ValueError:  # sealed, and yet no encoder writes it: a forgery, as good as none
+            packed = [value if value and is_packed(value, vocab_size) else None for value in packed]
+            stored = unpack_sparse_rows([value or "" for value in packed], vocab_size)
+        return stored, [row for row, value in enumerate(packed) if value is None]
 
     def _sparse_of(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> SparseMatrix:
         computed = self.encoder.encode_documents(self._as_encoded(texts, metadatas), dense=False).sparse

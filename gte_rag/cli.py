@@ -43,7 +43,7 @@ _DEFAULT_MODEL = "gte-mini"
 _ENCODE_GROUP = 64
 # A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
 _HIGHLIGHTED_SHARE = 0.03
-# Control characters in an indexed text must not reach the terminal.
+# Control characters of a text, a name or a database must not reach the terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 # Characters that JSON allows in strings, and that terminals obey or that readers of lines take for the end of one.
 _JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
@@ -533,7 +533,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     documents = {document.id: document for document in demo.read_documents()}
     languages = {document.language for document in documents.values()}
-    console.print(f"Indexing {len(documents)} documents in {len(languages)} languages with {encoder.name} …")
+    console.print(
+        f"Indexing {len(documents)} documents in {len(languages)} languages with {encoder.name} …", markup=False
+    )
     right = count = 0
     for answer in demo.answers(encoder):
         console.print()
@@ -560,14 +562,16 @@ def _require(*modules: str) -> None:
             raise missing_extra(module.replace("_", "-"), "cli")
 
 
-def _load_encoder(model: str | None, device: str | None, dimension: int | None) -> GTEEncoder:
+def _load_encoder(
+    model: str | None, device: str | None, dimension: int | None, *, local_files_only: bool = False
+) -> GTEEncoder:
     from gte_rag.encoder import GTEEncoder
 
     name = model or _DEFAULT_MODEL
     if name != _DEFAULT_MODEL and os.path.isdir(name):
         name = os.path.abspath(name)  # an index remembers it and may be searched from elsewhere
     with _as_usage_error():
-        return GTEEncoder.from_pretrained(name, device=device, dimension=dimension)
+        return GTEEncoder.from_pretrained(name, device=device, dimension=dimension, local_files_only=local_files_only)
 
 
 def _load_encoder_of_index(
@@ -577,7 +581,14 @@ def _load_encoder_of_index(
     from gte_rag.chroma import DIMENSION_KEY, FINGERPRINT_KEY, MODEL_KEY
 
     if model is None:
-        return _load_encoder(recorded.get(MODEL_KEY), device, dimension or recorded.get(DIMENSION_KEY))
+        name = recorded.get(MODEL_KEY)
+        try:
+            return _load_encoder(name, device, dimension or recorded.get(DIMENSION_KEY), local_files_only=True)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. The index names this model, and only what is on this machine is loaded for it; if you trust the "
+                f"name, give it yourself: --model {name}"
+            ) from error
     encoder = _load_encoder(model, device, dimension)
     if dimension is None and recorded.get(FINGERPRINT_KEY) == encoder.fingerprint:  # the same model by another name
         encoder = _load_encoder(model, device, recorded[DIMENSION_KEY])
@@ -596,9 +607,17 @@ def _recorded(client: ClientAPI, name: str) -> dict[str, Any] | None:
     from chromadb.errors import NotFoundError
 
     try:
-        return dict(client.get_collection(name, embedding_function=None).metadata or {})
+        recorded = dict(client.get_collection(name, embedding_function=None).metadata or {})
     except NotFoundError:
         return None
+    for key, kind in ((_FINGERPRINT_KEY, str), (_MODEL_KEY, str), (_DIMENSION_KEY, int)):
+        if key in recorded and type(recorded[key]) is not kind:
+            raise _CommandError(
+                f"collection {name!r} has {recorded[key]!r:.80} as {key}, which gte-rag does not write: it is damaged or "
+                "was made by hand; index into another one",
+                1,
+            )
+    return recorded
 
 
 @contextmanager
@@ -638,7 +657,7 @@ def _harmless(text: str) -> str:
 
 
 def _print(line: str) -> None:
-    print(line)
+    print(_harmless(line))
 
 
 def _print_json(value: dict[str, Any], indent: int | None = 2) -> None:
@@ -647,7 +666,7 @@ def _print_json(value: dict[str, Any], indent: int | None = 2) -> None:
 
 
 def _say(message: str) -> None:
-    print(f"gte-rag: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gte-rag: {_harmless(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _accept_every_character(*streams: TextIO) -> None:

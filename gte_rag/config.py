@@ -19,6 +19,18 @@ from gte_rag.errors import CheckpointError
 # The paper trained every multiple of 32 as an elastic dimension (arXiv:2407.19669, section 3.3).
 _SMALLEST_DIMENSION = 32
 _LARGEST = float(torch.finfo(torch.float32).max)
+# The largest sizes that are believed: far above every model of the family, and small enough to be refused by the weights'
+# shapes instead of running out of memory or time before anything was compared.
+_LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_attention_heads": 2**16,
+    "num_hidden_layers": 256,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**20,
+    "type_vocab_size": 2**16,
+    "pad_token_id": 2**24,
+}
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,9 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None, *, l
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number of at least {least}")
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}; it must be a whole number of at least {least}")
+    if value > _LARGEST_SIZES[key]:
+        raise CheckpointError(f"config.json: {key} is {value!r:.40}; it must be at most {_LARGEST_SIZES[key]:,}")
     return value
 
 

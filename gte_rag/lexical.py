@@ -328,6 +328,8 @@ class SparseIndex:
             index = cls(int(marks["vocab_size"]))
             data, bounds = arrays["ids"].tobytes(), [0, *arrays["ends"].tolist()]
             ids = [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairwise(bounds)]
+            if not _fit_together(ids, arrays, index.vocab_size):
+                return None
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
         if ids:
@@ -345,6 +347,23 @@ class SparseIndex:
                     f"the query has the token id {int(query.indices[-1])}; this index has a vocabulary of "
                     f"{self.vocab_size}. Encode queries with the model that encoded the records"
                 )
+
+
+def _fit_together(ids: list[str], arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> bool:
+    """Whether arrays from a file are posting lists: anyone can write a checksum."""
+    tokens, starts, rows, weights = (arrays[name] for name in ("tokens", "starts", "rows", "weights"))
+    return bool(
+        len(set(ids)) == len(ids)
+        and starts.size == tokens.size + 1
+        and starts[0] == 0
+        and starts[-1] == rows.size == weights.size
+        and np.all(starts[1:] >= starts[:-1])
+        and np.all(tokens[1:] > tokens[:-1])
+        and (not tokens.size or (tokens[0] >= 0 and tokens[-1] < vocab_size))
+        and (not rows.size or (rows.min() >= 0 and rows.max() < len(ids)))
+        and np.all(np.isfinite(weights))
+        and np.all(weights > 0)
+    )
 
 
 def _alive(

@@ -133,8 +133,9 @@ class LexicalView:
         """Return the index of exactly this state from disk, if it is there."""
         path = self._path(token)
         index = None if path is None else SparseIndex.load(path, stamp=self._stamp)
-        if index is not None:
-            self._unsaved = 0
+        if index is None or index.vocab_size != self._vocab_size:
+            return None
+        self._unsaved = 0
         return index
 
     def _save(self) -> None:

@@ -211,6 +211,9 @@ class Encoding:
             raise ValueError(f"dense is {self.dense.dtype} {self.dense.shape}; it must be float32 (n, dimension)")
         if self.dense is not None and self.sparse is not None and len(self.dense) != len(self.sparse):
             raise ValueError(f"{len(self.dense)} dense and {len(self.sparse)} sparse vectors; one of each per text")
+        if self.dense is not None and not np.all(np.isfinite(self.dense)):
+            row = int(np.flatnonzero(~np.isfinite(self.dense).all(axis=1))[0])
+            raise ValueError(f"dense vector {row} has values that are not finite; a checkpoint's weights are too large")
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -259,6 +262,15 @@ def unpack_sparse(packed: str) -> SparseVector:
         ValueError: The string was not written by `pack_sparse`, or was damaged.
     """
     return unpack_sparse_rows([packed], _LARGEST_ID + 1)[0]
+
+
+def is_packed(packed: str, vocab_size: int) -> bool:
+    """Return whether a string is a sparse vector that `unpack_sparse_rows` reads."""
+    try:
+        unpack_sparse_rows([packed], vocab_size)
+    except ValueError:
+        return False
+    return True
 
 
 def unpack_sparse_rows(packed: Sequence[str], vocab_size: int) -> SparseMatrix:

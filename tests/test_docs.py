@@ -1,9 +1,10 @@
-"""What the documents show is run: README's Python blocks, its marked commands and every file in examples/."""
+"""What the documents show is run: Python blocks, marked commands, examples. Their links lead somewhere, and the site builds."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,19 @@ from gte_rag import GTEReranker
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+DOCUMENTS = (
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")),
+)
+# ```python, and before it, if it cannot run here, <!-- skip: the reason -->
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), *found.groups())
+    for page in PAGES
+    for found in re.finditer(
+        r"(?:<!-- skip: ([^\n]+) -->\n+)?```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -26,15 +39,25 @@ def _no_download(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     monkeypatch.setattr(GTEReranker, "from_pretrained", lambda name: load(folder))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0][:40])
-def test_readme_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "skipped", "block"),
+    BLOCKS,
+    ids=[f"{page}: {code.strip().splitlines()[0][:40]}" for page, _, code in BLOCKS],
+)
+def test_python_block_runs(
+    page: str, skipped: str | None, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    code = compile(block, page, "exec")
+    if skipped:
+        pytest.skip(skipped)
+    exec(code, {"__name__": "__main__"})
 
 
 def test_readme_has_python_blocks_and_both_commands() -> None:
-    assert len(BLOCKS) >= 5
-    assert not re.findall(r"```py\n", README), "write ```python, so that the block is run"
+    assert len([page for page, _, _ in BLOCKS if page == "README.md"]) >= 5
+    for page in PAGES:
+        assert "```py\n" not in page.read_text(encoding="utf-8"), f"{page}: write ```python, so that the block is run"
     for name in ("demo", "test"):
         assert re.search(rf"<!-- command: {name} -->\n+```bash\n[^\n]+\n```", README), name
 
@@ -50,12 +73,53 @@ def test_example_runs_offline_and_prints_an_answer(
 
 
 def test_documents_name_no_path_of_a_machine_and_no_registry() -> None:
-    tracked = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), *EXAMPLES]
+    tracked = [
+        *DOCUMENTS,
+        *ROOT.glob("*.yml"),
+        *ROOT.glob("*.cff"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("*.txt"),
+        *EXAMPLES,
+    ]
     for path in tracked:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(root|work|tmp)/|file:///", text), path
 
 
-def test_readme_links_to_files_that_exist() -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_threat_note_names_tests_that_exist() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)", (ROOT / "docs/security.md").read_text(encoding="utf-8"))
+    assert len(named) >= 20
+    assert [name for name in named if f"def {name}" not in tests] == []
+
+
+def test_the_site_builds_without_warnings_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//|<link[^>]+href=\"?(?:https?:)?//", html)
+        assert not fetched, (page, fetched)
+    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+    reference = (tmp_path / "site/reference/encoder/index.html").read_text(encoding="utf-8")
+    assert "encode_documents" in reference
+    assert "_encode_window" not in reference, "the reference shows the public interface only"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,18 @@ def test_a_missing_framework_is_named_with_its_extra(module: str, framework: str
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.splitlines()[-1].startswith("gte_rag.errors.MissingExtraError")
     assert f"pip install 'gte-rag[{extra}]'" in result.stderr
+
+
+def test_the_version_has_one_place() -> None:
+    import gte_rag
+
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in project
+    assert not re.search(r"^version\s*=", project, flags=re.MULTILINE)
+    assert re.fullmatch(r"\d+\.\d+\.\d+(?:(?:a|b|rc|\.dev)\d+)?", gte_rag.__version__)
+    assert metadata.version("gte-rag") == gte_rag.__version__, "install the package anew: pip install -e ."
+    command = [sys.executable, "-m", "gte_rag", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["gte-rag", gte_rag.__version__]
+    for name in ("README.md", "CITATION.cff", "mkdocs.yml"):
+        assert gte_rag.__version__ not in (ROOT / name).read_text(encoding="utf-8"), f"{name} repeats the version"

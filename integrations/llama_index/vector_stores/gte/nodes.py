@@ -38,10 +38,14 @@ def metadata_of(node: BaseNode) -> dict[str, Any]:
 
 
 def node_of(record_id: str, text: str, metadata: Metadata) -> BaseNode:
-    """Return the node of a record; one that something else wrote becomes a `TextNode`."""
+    """Return the node of a record; one that something else wrote, or damaged, becomes a `TextNode`."""
     if "_node_content" not in metadata:
         return TextNode(id_=record_id, text=text, metadata=dict(metadata))
-    node = metadata_dict_to_node(dict(metadata), text=text)
+    try:
+        node = metadata_dict_to_node(dict(metadata), text=text)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):  # whatever LlamaIndex makes of a forgery
+        own = {key: value for key, value in metadata.items() if key not in _NODE_KEYS}
+        return TextNode(id_=record_id, text=text, metadata=own)
     node.id_ = record_id
     # The record is the truth: a value changed there since the node was stored must not come back in its old form.
     node.metadata.update({key: value for key, value in metadata.items() if key not in _NODE_KEYS})
@@ -77,6 +81,8 @@ def joined(condition: str, clauses: list[dict[str, Any] | None]) -> dict[str, An
 
 
 def _clause(item: MetadataFilter) -> dict[str, Any] | None:
+    if item.key.startswith("$"):
+        raise ValueError(f"filter key {item.key!r} starts with '$', which Chroma would take for an operator")
     given = f"filter on {item.key!r} uses {item.operator.name}"
     if item.operator in _COMPARISONS:
         if item.value is None or isinstance(item.value, list):
