@@ -272,15 +272,18 @@ class RemoteEncoder(TextEncoder):
 
     def _weights(self, tokens: object) -> SparseVector:
         weights: dict[int, float] = {}
+        strings: dict[int, str] = {}
         try:
-            assert isinstance(tokens, list)
-            for token in tokens:
-                weights[token["index"]] = max(float(token["value"]), weights.get(token["index"], 0.0))
+            for token in tokens:  # type: ignore[attr-defined]
+                index, value = token["index"], float(token["value"])
+                weights[index] = max(value, weights.get(index, value))
                 if isinstance(token.get("token"), str):
-                    self._strings[token["index"]] = token["token"]
-            return SparseVector.from_dict(weights)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+                    strings[index] = token["token"]
+            vector = SparseVector.from_dict(weights)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise RemoteError(f"{self.name} gave token weights that are no list of index and value") from None
+        self._strings |= strings
+        return vector
 
 
 class DashScopeEncoder(RemoteEncoder):
@@ -568,7 +571,7 @@ def _in_order(items: object, count: int, index_name: str) -> list[dict[str, Any]
     """
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RemoteError("the answer has no list of results")
-    rows = {item.get(index_name): item for item in items}
+    rows = {item.get(index_name): item for item in items if isinstance(item.get(index_name), int)}
     if len(items) != count:
         raise RemoteError(f"the answer has {len(items)} results for {count} texts")
     if rows.keys() != set(range(count)):

@@ -34,10 +34,12 @@ class Service:
 
     def __init__(self, base_url: str, key: Key, *, timeout: float, max_retries: int) -> None:
         parts = urlsplit(base_url) if isinstance(base_url, str) else None
+        if parts is not None and (
+            parts.username is not None or parts.query or parts.fragment
+        ):  # may be secret: not shown
+            raise ValueError("base_url has a user name, a password, a query or a fragment; a key is given as api_key")
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url is {base_url!r}; give an address such as 'http://127.0.0.1:8000/v1'")
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("base_url has a user name, a password, a query or a fragment; a key is given as api_key")
         _check_number("timeout", timeout)
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise ValueError(f"max_retries is {max_retries!r}; give a whole number, 0 for none")
@@ -141,7 +143,7 @@ class Key:
         return "<key>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"variable": self.variable, "lost": self._key is not None}
+        return {"variable": self.variable, "lost": self._lost or self._key is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._key, self.variable, self._lost = None, state["variable"], state["lost"]
