@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 TEXTS = ["Peking ist die Hauptstadt Chinas.", "Bread needs flour and water."]
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts of every forward pass from now on."""
-    counted: list[int] = []
-    original = GTEEncoder._encode
-
-    def counting(self: GTEEncoder, texts: Any, *args: Any) -> Any:
-        counted.append(len(texts))
-        return original(self, texts, *args)
-
-    monkeypatch.setattr(GTEEncoder, "_encode", counting)
-    return counted
-
-
 def test_a_collection_embeds_and_queries_with_the_function(chroma_client: ClientAPI) -> None:
     collection = chroma_client.create_collection("own", embedding_function=GTEEmbeddingFunction())  # type: ignore[arg-type]
     collection.add(ids=["1", "2"], documents=TEXTS)

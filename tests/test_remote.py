@@ -376,7 +376,7 @@ async def test_async_twins_and_pairs_give_the_same(server: ScriptedServer) -> No
 
 def test_a_collection_works_with_it(server: ScriptedServer, chroma_client: ClientAPI) -> None:
     collection = HybridCollection(chroma_client, "remote", encoder=cloud(server, dimension=64))
-    collection.upsert(["1", "2"], ["a bird sings", "sour bread"])
+    collection.upsert(["1", "2"], ["a bird sings", "my loaf"])
     (hit,) = HybridRetriever(collection, mode="union", k=1, dense_weight=0.0, sparse_weight=1.0).search("birds")
     assert (hit.id, [match.token for match in hit.matches]) == ("1", ["sings"])  # both have five letters
 
