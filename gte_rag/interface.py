@@ -198,6 +198,11 @@ class TextReranker(ABC):
 
     name: str
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex characters that name the model."""
+
     @abstractmethod
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> FloatArray:
         """Score query-text pairs.

@@ -142,7 +142,7 @@ class RemoteEncoder(TextEncoder):
     @property
     def fingerprint(self) -> str:
         """16 hex characters that name the model. They are made of its name: a service does not show its weights."""
-        return hashlib.sha256(f"{type(self).__name__}:{self.name}".encode()).hexdigest()[:16]
+        return _fingerprint(self, self.name)
 
     def encode_queries(
         self,
@@ -497,6 +497,11 @@ class DashScopeReranker(TextReranker):
         """Return model and address."""
         return f"DashScopeReranker({self.name!r}, base_url={self._service.base_url!r})"
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex characters that name the model, made of its name: a service does not show its weights."""
+        return _fingerprint(self, self.name)
+
     def close(self) -> None:
         """Close the connections; a later call opens new ones."""
         self._service.close()
@@ -540,6 +545,10 @@ class DashScopeReranker(TextReranker):
         if len(numbers) < len(texts):
             raise RemoteError(f"{self.name} gave a score that is no number")
         return numbers
+
+
+def _fingerprint(client: object, model: str) -> str:
+    return hashlib.sha256(f"{type(client).__name__}:{model}".encode()).hexdigest()[:16]
 
 
 def _batches(query: str, texts: Sequence[str], places: Sequence[int]) -> Iterator[list[int]]:

@@ -107,7 +107,8 @@ def own(server: ScriptedServer, **options: Any) -> OpenAIEncoder:
 
 def expected(texts: list[str], dimension: int) -> np.ndarray[Any, Any]:
     rows = np.array([vector(text, dimension) for text in texts])
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: np.ndarray[Any, Any] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
 
 
 # The cloud service
@@ -411,6 +412,7 @@ def test_the_reranker_sorts_as_the_local_one_does(server: ScriptedServer) -> Non
     }
     assert reranker.rerank("red cat", []) == []
     assert len(server.requests) == 1
+    assert reranker.fingerprint == DashScopeReranker().fingerprint != DashScopeReranker("gte-rerank").fingerprint
     assert KEY not in repr(reranker)
     assert KEY.encode() not in pickle.dumps(reranker)
 
