@@ -14,7 +14,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -221,6 +221,8 @@ class RemoteEncoder(TextEncoder):
         with ThreadPoolExecutor(min(self._concurrency, len(batches)), thread_name_prefix="gte-rag-remote") as pool:
             running = [pool.submit(self._reported, batch, asked, report) for batch in batches]
             try:
+                for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # raises what went wrong
                 return [vectors for future in running for vectors in future.result()]
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
