@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
-    from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
+    from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError, RemoteError
+    from gte_rag.interface import RerankResult
     from gte_rag.records import Record
-    from gte_rag.reranker import GTEReranker, RerankResult
+    from gte_rag.remote import DashScopeEncoder, DashScopeReranker, OpenAIEncoder
+    from gte_rag.reranker import GTEReranker
     from gte_rag.reranking import RerankedHit, RerankingRetriever
     from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
     from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CollectionMismatchError",
+    "DashScopeEncoder",
+    "DashScopeReranker",
     "Encoding",
     "GTEEncoder",
     "GTEReranker",
@@ -30,7 +34,9 @@ __all__ = [
     "HybridCollection",
     "HybridRetriever",
     "MissingExtraError",
+    "OpenAIEncoder",
     "Record",
+    "RemoteError",
     "RerankResult",
     "RerankedHit",
     "RerankingRetriever",
@@ -41,13 +47,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError"),
+    "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError", "RemoteError"),
+    "interface": ("RerankResult",),
     "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
+    "remote": ("DashScopeEncoder", "DashScopeReranker", "OpenAIEncoder"),
     "encoder": ("GTEEncoder",),
     "records": ("Record",),
     "chroma": ("HybridCollection",),
     "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
-    "reranker": ("GTEReranker", "RerankResult"),
+    "reranker": ("GTEReranker",),
     "reranking": ("RerankedHit", "RerankingRetriever"),
 }
 

@@ -17,9 +17,9 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from gte_rag.encoder import PROGRESS_DELAY_S, GTEEncoder
 from gte_rag.errors import CollectionMismatchError, missing_extra
 from gte_rag.fusion import Calibration
+from gte_rag.interface import PROGRESS_DELAY_S, TextEncoder
 from gte_rag.lexical import SparseIndex
 from gte_rag.lexical_view import LexicalView, Source, Token
 from gte_rag.records import (
@@ -132,7 +132,7 @@ class HybridCollection:
         client: ClientAPI,
         name: str,
         *,
-        encoder: GTEEncoder,
+        encoder: TextEncoder,
         adopt: bool = False,
         encoded_text: Callable[[str, Metadata], str] | None = None,
     ) -> None:

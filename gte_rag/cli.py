@@ -606,11 +606,13 @@ def _recorded(client: ClientAPI, name: str) -> dict[str, Any] | None:
     """Return what a collection remembers of its model; None if there is no such collection."""
     from chromadb.errors import NotFoundError
 
+    from gte_rag.chroma import DIMENSION_KEY, FINGERPRINT_KEY, MODEL_KEY
+
     try:
         recorded = dict(client.get_collection(name, embedding_function=None).metadata or {})
     except NotFoundError:
         return None
-    for key, kind in ((_FINGERPRINT_KEY, str), (_MODEL_KEY, str), (_DIMENSION_KEY, int)):
+    for key, kind in ((FINGERPRINT_KEY, str), (MODEL_KEY, str), (DIMENSION_KEY, int)):
         if key in recorded and type(recorded[key]) is not kind:
             raise _CommandError(
                 f"collection {name!r} has {recorded[key]!r:.80} as {key}, which gte-rag does not write: it is damaged or "

@@ -82,9 +82,7 @@ class GTEEmbeddingFunction(_Options, EmbeddingFunction[Documents]):
         return self._dense(input, queries=True)
 
     def _dense(self, texts: Documents, *, queries: bool) -> Embeddings:
-        dense = self._shared.encode(texts, queries=queries).dense
-        assert dense is not None
-        return list(dense)
+        return list(self._shared.dense(texts, queries=queries))
 
     @staticmethod
     def name() -> str:
@@ -119,12 +117,7 @@ class GTESparseEmbeddingFunction(_Options, SparseEmbeddingFunction[Documents]):
         return self._sparse(input, queries=True)
 
     def _sparse(self, texts: Documents, *, queries: bool) -> list[ChromaSparseVector]:
-        sparse = self._shared.encode(texts, queries=queries).sparse
-        if sparse is None:
-            raise ValueError(
-                f"{self._config['model_name']} gives no sparse vectors; choose a model with a sparse head such as "
-                "'Alibaba-NLP/gte-multilingual-base'"
-            )
+        sparse = self._shared.sparse(texts, queries=queries)
         return [ChromaSparseVector(indices=row.indices.tolist(), values=row.values.tolist()) for row in sparse]
 
     @staticmethod

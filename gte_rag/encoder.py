@@ -5,14 +5,13 @@ This is the one public way to run a GTE model; the adapters and the retriever ca
 
 from __future__ import annotations
 
-import asyncio
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +23,15 @@ from gte_rag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
 from gte_rag.heads import dense_vectors, sparse_rows, token_weights
+from gte_rag.interface import PROGRESS_DELAY_S, TextEncoder
 from gte_rag.precision import build, resolve
-from gte_rag.tokenization import Batch, check_pairs, check_texts, pack, tokenize
-from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
+from gte_rag.tokenization import Batch, check_texts, pack, tokenize
+from gte_rag.vectors import Encoding, SparseMatrix
 
 # Tokens of a batch. Enough rows to feed the matrix products, few enough that the activations stay near the cores.
 _MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 # Texts tokenized and sorted together: bounds the memory of a long run without hurting the packing.
 _WINDOW = 2048
-# Work that takes less shows no progress bar.
-PROGRESS_DELAY_S = 2.0
 
 
 class _Asked(NamedTuple):
@@ -45,7 +43,7 @@ class _Asked(NamedTuple):
     dimension: int
 
 
-class GTEEncoder:
+class GTEEncoder(TextEncoder):
     """A GTE model that turns texts into dense vectors and sparse token weights.
 
     Safe to share between threads. Make one with `from_pretrained`.
@@ -240,89 +238,6 @@ class GTEEncoder:
             self._warn_of_truncation(encoding.truncated, len(encoding), stacklevel=3)
             yield encoding
 
-    async def aencode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        dense: bool = True,
-        sparse: bool = True,
-        dimension: int | None = None,
-        show_progress: bool = False,
-    ) -> Encoding:
-        """Encode queries in a worker thread, so that the event loop goes on meanwhile; see `encode_queries`."""
-        return await _in_thread(
-            self.encode_queries, texts, dense=dense, sparse=sparse, dimension=dimension, show_progress=show_progress
-        )
-
-    async def aencode_documents(
-        self,
-        texts: Sequence[str],
-        *,
-        dense: bool = True,
-        sparse: bool = True,
-        dimension: int | None = None,
-        show_progress: bool = False,
-    ) -> Encoding:
-        """Encode documents in a worker thread, so that the event loop goes on meanwhile; see `encode_queries`."""
-        return await _in_thread(
-            self.encode_documents, texts, dense=dense, sparse=sparse, dimension=dimension, show_progress=show_progress
-        )
-
-    def score_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        dense_weight: float = 1.0,
-        sparse_weight: float = 0.3,
-    ) -> NDArray[np.float32]:
-        """Score query-document pairs: ``dense_weight * cosine + sparse_weight * sparse score``.
-
-        The default weights are those of the model card's example. A component of weight 0 is not computed.
-
-        Args:
-            pairs: (query, document) tuples; ``[]`` gives an empty array.
-            dense_weight: Weight of the cosine of the dense vectors.
-            sparse_weight: Weight of the sparse score, the sum of products of the weights of shared tokens.
-
-        Returns:
-            float32, shape (number of pairs,).
-
-        Raises:
-            TypeError: `pairs` is not a list of pairs of strings, or a weight is not a number.
-            ValueError: A text is not valid Unicode, or a weight is not finite.
-            CheckpointError: The sparse score is asked for and the checkpoint has no sparse head.
-        """
-        pairs = check_pairs(pairs)
-        for name, weight in (("dense_weight", dense_weight), ("sparse_weight", sparse_weight)):
-            if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-                raise TypeError(f"{name} is {weight!r}; give a number")
-            if not np.isfinite(weight):
-                raise ValueError(f"{name} is {weight!r}; give a finite number")
-        scores = np.zeros(len(pairs), dtype=np.float32)
-        wanted = {"dense": dense_weight != 0, "sparse": sparse_weight != 0}
-        if not pairs or not any(wanted.values()):
-            return scores
-        queries = self.encode_queries([query for query, _ in pairs], **wanted)
-        documents = self.encode_documents([document for _, document in pairs], **wanted)
-        if queries.dense is not None and documents.dense is not None:
-            scores += np.float32(dense_weight) * np.einsum("nd,nd->n", queries.dense, documents.dense)
-        if queries.sparse is not None and documents.sparse is not None:
-            products = [query.dot(document) for query, document in zip(queries.sparse, documents.sparse, strict=True)]
-            scores += np.float32(sparse_weight) * np.array(products, dtype=np.float32)
-        return scores
-
-    def token_weights(self, sparse_vector: SparseVector) -> dict[str, float]:
-        """Return a sparse vector for people: token strings and weights, highest first.
-
-        Different tokens can have the same string (``▁the`` and ``the``); the larger weight is kept, as in the reference.
-        Scores are computed on token ids, where nothing collides.
-        """
-        weights: dict[str, float] = {}
-        strings = self.token_strings(sparse_vector.indices.tolist())
-        for string, weight in zip(strings, sparse_vector.values.tolist(), strict=True):
-            weights[string] = max(weight, weights.get(string, 0.0))
-        return dict(sorted(weights.items(), key=lambda item: -item[1]))
-
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Return each token id as text, without the mark of a word's beginning."""
         strings: list[str] = self.tokenizer.decode_batch([[int(token_id)] for token_id in ids])
@@ -487,10 +402,6 @@ class GTEEncoder:
         if not least <= dimension <= most:
             raise ValueError(f"dimension is {dimension}; this model gives dense vectors of {least} to {most}")
         return int(dimension)
-
-
-async def _in_thread(function: Callable[..., Encoding], *args: Any, **options: Any) -> Encoding:  # noqa: ANN401
-    return await asyncio.to_thread(partial(function, *args, **options))
 
 
 def _check_max_length(max_length: int, config: GTEConfig) -> int:

@@ -15,6 +15,23 @@ class CollectionMismatchError(ValueError):
     """A collection was made by another model, with another dimension, or with another distance."""
 
 
+class RemoteError(RuntimeError):
+    """A service could not be reached, refused a request, or gave an answer that does not fit it.
+
+    Attributes:
+        status: The HTTP status, None where there was no answer.
+        code: The service's own name for the error, if it gave one.
+        request_id: The service's name for the request, to be quoted to its support, if it gave one.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, code: str | None = None, request_id: str | None = None
+    ) -> None:
+        """Say what happened; the key is in none of the arguments."""
+        super().__init__(message)
+        self.status, self.code, self.request_id = status, code, request_id
+
+
 class MissingExtraError(ImportError):
     """A feature needs a package that is not installed; the message names the extra and the command."""
 

@@ -166,13 +166,18 @@ def sync(
         on_progress: Called with the number of documents read and the number of chunks written so far.
 
     Raises:
-        TypeError: `chunk_tokens` is not a whole number, or `roots` a single string.
+        TypeError: `chunk_tokens` is not a whole number, `roots` a single string, or the collection's encoder no `GTEEncoder`.
         ValueError: `chunk_tokens` is out of range, or two documents have the same source.
     """
     if isinstance(roots, str):
         raise TypeError(f"roots is the string {roots!r}; give a list of sources")
-    splitter = Splitter(collection.encoder, chunk_tokens=chunk_tokens)
-    writer = _Writer(collection)
+    encoder = collection.encoder
+    if not isinstance(encoder, GTEEncoder):
+        raise TypeError(
+            f"the collection's encoder is {type(encoder).__name__}; chunks are cut with a GTEEncoder's tokenizer"
+        )
+    splitter = Splitter(encoder, chunk_tokens=chunk_tokens)
+    writer = _Writer(collection, _GROUP.get(encoder.device.type, _GPU_GROUP))
     counts = {"added": 0, "updated": 0, "unchanged": 0, "empty": 0}
     failed: list[Failure] = []
     given: set[str] = set()
@@ -312,10 +317,10 @@ class Splitter:
 class _Writer:
     """Collects chunks and writes them in groups; a document's old chunks go after its last new one is written."""
 
-    def __init__(self, collection: HybridCollection) -> None:
+    def __init__(self, collection: HybridCollection, size: int) -> None:
         self.written = 0
         self._collection = collection
-        self._size = _GROUP.get(collection.encoder.device.type, _GPU_GROUP)
+        self._size = size
         self._waiting: list[tuple[str, str, dict[str, MetadataValue]]] = []
         self._outdated: list[tuple[int, list[str]]] = []  # after how many chunks which ids may go
         self._accepted = 0

@@ -6,12 +6,9 @@ candidates that a retriever found: `gte_rag.reranking` puts the two together.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -23,28 +20,14 @@ from gte_rag.config import GTEConfig
 from gte_rag.encoder import _MAX_BATCH_TOKENS, GTEEncoder
 from gte_rag.errors import CheckpointError
 from gte_rag.heads import rerank_scores
-from gte_rag.tokenization import Batch, check_pairs, check_texts, pack, pair_template, tokenize_pairs
+from gte_rag.interface import TextReranker
+from gte_rag.tokenization import Batch, check_pairs, pack, pair_template, tokenize_pairs
 
 # Pairs tokenized and sorted together: bounds the memory of a long run without hurting the packing.
 _WINDOW = 2048
 
 
-@dataclass(frozen=True)
-class RerankResult:
-    """A text and how well it answers the query.
-
-    Attributes:
-        index: Position of the text in the caller's list.
-        text: The text.
-        score: The model's logit; see `GTEReranker.score_pairs`.
-    """
-
-    index: int
-    text: str
-    score: float
-
-
-class GTEReranker:
+class GTEReranker(TextReranker):
     """A GTE cross-encoder that scores pairs of a query and a text.
 
     The same packed network as `GTEEncoder`, so a pair's score does not depend on the other pairs. Safe to share between
@@ -137,28 +120,6 @@ class GTEReranker:
         """16 hex characters that name the model, whatever layout or dtype it was saved in."""
         return self._encoder.fingerprint
 
-    def rerank(self, query: str, texts: Sequence[str], *, top_k: int | None = None) -> list[RerankResult]:
-        """Sort texts by how well they answer a query.
-
-        Args:
-            query: The question or search words.
-            texts: The texts; ``[]`` gives ``[]``.
-            top_k: How many to return; None returns all.
-
-        Returns:
-            The best texts, best first; of equal ones the earlier first.
-
-        Raises:
-            TypeError: `query` is not a string, or `texts` is not a list of strings.
-            ValueError: A text is not valid Unicode, or `top_k` is less than 1.
-        """
-        checked = _check_call(query, texts, top_k)
-        return _ranked(checked, self.score_pairs([(query, text) for text in checked]), top_k)
-
-    async def arerank(self, query: str, texts: Sequence[str], *, top_k: int | None = None) -> list[RerankResult]:
-        """Rerank in a worker thread, so that the event loop goes on meanwhile; see `rerank`."""
-        return await asyncio.to_thread(partial(self.rerank, query, texts, top_k=top_k))
-
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Score query-text pairs.
 
@@ -193,10 +154,6 @@ class GTEReranker:
             )
         return scores
 
-    async def ascore_pairs(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-        """Score pairs in a worker thread, so that the event loop goes on meanwhile; see `score_pairs`."""
-        return await asyncio.to_thread(self.score_pairs, pairs)
-
     @torch.inference_mode()
     def _forward(self, batch: Batch, type_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         types: torch.Tensor | None = None
@@ -209,19 +166,3 @@ class GTEReranker:
         first = self._encoder._model(token_ids, cu_seqlens, types, firsts=True)
         scores: NDArray[np.float32] = rerank_scores(first, *self._head).cpu().numpy()
         return scores
-
-
-def _check_call(query: str, texts: Sequence[str], top_k: int | None) -> list[str]:
-    if not isinstance(query, str):
-        raise TypeError(f"query is {type(query).__name__}; give one string")
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)):
-            raise TypeError(f"top_k is {top_k!r}; give a whole number or None")
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all texts")
-    return check_texts(texts)
-
-
-def _ranked(texts: Sequence[str], scores: NDArray[np.float32], top_k: int | None) -> list[RerankResult]:
-    best = np.argsort(-scores, kind="stable")[:top_k]
-    return [RerankResult(int(index), texts[index], float(scores[index])) for index in best]

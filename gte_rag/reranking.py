@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_rag.reranker import GTEReranker
+from gte_rag.interface import TextReranker
 from gte_rag.retriever import Hit, HybridRetriever, check_count
 
 
@@ -38,16 +38,18 @@ class RerankingRetriever:
         candidates: Number of hits of the retriever that the reranker reads; its cost is proportional to them.
     """
 
-    def __init__(self, retriever: HybridRetriever, reranker: GTEReranker, *, k: int = 10, candidates: int = 50) -> None:
+    def __init__(
+        self, retriever: HybridRetriever, reranker: TextReranker, *, k: int = 10, candidates: int = 50
+    ) -> None:
         """Set how to search.
 
         Raises:
-            TypeError: `retriever` is no `HybridRetriever`, `reranker` no `GTEReranker`, or a number is not a number.
+            TypeError: `retriever` is no `HybridRetriever`, `reranker` no `TextReranker`, or a number is not a number.
             ValueError: A number is out of range.
         """
         if not isinstance(retriever, HybridRetriever):
             raise TypeError(f"retriever is {type(retriever).__name__}; give a HybridRetriever")
-        if not isinstance(reranker, GTEReranker):
+        if not isinstance(reranker, TextReranker):
             raise TypeError(f"reranker is {type(reranker).__name__}; give a GTEReranker")
         self.retriever = retriever
         self.reranker = reranker

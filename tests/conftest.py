@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
@@ -45,6 +45,20 @@ def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reranker(reranker_folder: Path) -> GTEReranker:
     """The small random reranker, loaded once."""
     return GTEReranker.from_pretrained(reranker_folder, device="cpu", precision="float32")
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of every forward pass from now on."""
+    counted: list[int] = []
+    original = GTEEncoder._encode
+
+    def counting(self: GTEEncoder, texts: Any, *args: Any) -> Any:
+        counted.append(len(texts))
+        return original(self, texts, *args)
+
+    monkeypatch.setattr(GTEEncoder, "_encode", counting)
+    return counted
 
 
 @pytest.fixture

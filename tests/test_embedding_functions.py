@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 TEXTS = ["Peking ist die Hauptstadt Chinas.", "Bread needs flour and water."]
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts of every forward pass from now on."""
-    counted: list[int] = []
-    original = GTEEncoder._encode
-
-    def counting(self: GTEEncoder, texts: Any, *args: Any) -> Any:
-        counted.append(len(texts))
-        return original(self, texts, *args)
-
-    monkeypatch.setattr(GTEEncoder, "_encode", counting)
-    return counted
-
-
 def test_a_collection_embeds_and_queries_with_the_function(chroma_client: ClientAPI) -> None:
     collection = chroma_client.create_collection("own", embedding_function=GTEEmbeddingFunction())  # type: ignore[arg-type]
     collection.add(ids=["1", "2"], documents=TEXTS)
@@ -90,11 +76,79 @@ def test_a_query_is_not_taken_for_a_document_of_the_same_text(passes: list[int])
     assert passes == [1, 1]
 
 
-def test_what_is_remembered_is_bounded(encoder: GTEEncoder) -> None:
+def test_a_text_costs_one_pass_whatever_the_batches_are(encoder: GTEEncoder, passes: list[int]) -> None:
     shared = SharedEncoder.wrap(encoder)
-    for number in range(20):
-        shared.encode([f"text {number}"])
-    assert len(shared._recent) == 8
+    dense = shared.dense(["a b", "c d", "e f", "a b"])
+    sparse = [shared.sparse(["c d", "a b"]), shared.sparse(["e f", "new one", "new one"])]
+    assert passes == [3, 1]
+    expected = encoder.encode_documents(["a b", "c d", "e f", "a b"]).dense
+    assert expected is not None
+    np.testing.assert_allclose(dense, expected, atol=1e-6)
+    for given, texts in zip(sparse, [["c d", "a b"], ["e f", "new one", "new one"]], strict=True):
+        wanted = encoder.encode_documents(texts).sparse
+        assert wanted is not None
+        assert [row.indices.tolist() for row in given] == [row.indices.tolist() for row in wanted]
+        assert given.shape == wanted.shape
+
+
+def test_a_vector_that_was_asked_for_is_not_kept(encoder: GTEEncoder) -> None:
+    shared = SharedEncoder.wrap(encoder)
+    shared.dense(["a b", "c d"])
+    assert [len(kept) for kept in shared._kept.values()] == [0, 2]
+    shared.sparse(["a b", "c d"])
+    assert [len(kept) for kept in shared._kept.values()] == [0, 0]
+
+
+def test_what_is_kept_is_bounded_but_for_one_large_call(encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gte_rag.shared._KEPT_TEXTS", 4)
+    shared = SharedEncoder.wrap(encoder)
+    for number in range(6):
+        shared.dense([f"text {number}"])
+    assert len(shared._kept["sparse"]) == 4
+    shared.dense([f"many {number}" for number in range(9)])
+    assert len(shared._kept["sparse"]) == 9
+    shared.dense(["one more"])
+    assert len(shared._kept["sparse"]) == 4
+
+
+def test_dense_and_sparse_asked_for_at_the_same_moment_cost_one_pass(
+    encoder: GTEEncoder, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = SharedEncoder.wrap(encoder)
+    encode = encoder.encode_documents
+    started, asked = threading.Event(), threading.Event()
+
+    def slow(texts: list[str], **options: Any) -> Any:
+        started.set()
+        assert asked.wait(timeout=10)
+        return encode(texts, **options)
+
+    monkeypatch.setattr(encoder, "encode_documents", slow)
+    first = threading.Thread(target=shared.dense, args=(["a b"],))
+    first.start()
+    assert started.wait(timeout=10)
+    second = threading.Thread(target=shared.sparse, args=(["a b"],))
+    second.start()
+    asked.set()
+    first.join()
+    second.join()
+    assert passes == [1]
+
+
+def test_a_failed_call_leaves_nothing_waiting(encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedEncoder.wrap(encoder)
+    with monkeypatch.context() as broken:
+        broken.setattr(encoder, "encode_documents", lambda texts, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shared.dense(["a b"])
+    assert shared.dense(["a b"]).shape == (1, encoder.dimension)
+
+
+def test_no_texts_give_no_rows(encoder: GTEEncoder) -> None:
+    shared = SharedEncoder.wrap(encoder, dimension=64)
+    assert shared.dense([]).shape == (0, 64)
+    assert shared.sparse([]).shape == (0, encoder.vocab_size)
+    assert shared.dense(["a"]).shape == (1, 64)
 
 
 def test_equal_options_share_one_encoder_even_between_threads() -> None:

@@ -19,6 +19,9 @@ LAYERS = (
     "vectors",
     "config",
     "tokenization",
+    "interface",
+    "service",
+    "remote",
     "model",
     "precision",
     "heads",
@@ -44,9 +47,10 @@ LAYERS = (
     "__main__",
 )
 # Kinds of adapters under integrations/llama_index.
-ADAPTERS = ("embeddings", "postprocessor", "retrievers", "vector_stores")
+ADAPTERS = ("embeddings", "postprocessor", "retrievers", "sparse_embeddings", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
+    "httpx": {"service"},
     "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "modelscope_hub": {"modelscope"},
     "rich": {"cli"},
@@ -114,9 +118,13 @@ def test_every_import_package_is_typed() -> None:
     ("module", "framework", "extra"),
     [
         ("langchain_gte", "langchain_core", "langchain"),
+        ("langchain_gte.milvus", "langchain_milvus", "langchain-milvus"),
+        ("langchain_gte.qdrant", "langchain_qdrant", "langchain-qdrant"),
         ("llama_index.embeddings.gte", "llama_index.core", "llama-index"),
         ("llama_index.postprocessor.gte", "llama_index.core", "llama-index"),
         ("llama_index.retrievers.gte", "llama_index.core", "llama-index"),
+        ("llama_index.sparse_embeddings.gte", "llama_index.core", "llama-index"),
+        ("llama_index.sparse_embeddings.gte.milvus", "llama_index.vector_stores.milvus", "llama-index-milvus"),
         ("llama_index.vector_stores.gte", "llama_index.core", "llama-index"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import CheckpointError, missing_extra
-from gte_rag.vectors import Encoding
+from gte_rag.interface import TextEncoder
+from gte_rag.shared import SharedEncoder
+from gte_rag.vectors import FloatArray
 
 try:
     from langchain_core.embeddings import Embeddings
@@ -81,15 +84,17 @@ class GTEEmbeddings(BaseModel, Embeddings):
     revision: str | None = None
     local_files_only: bool = False
 
-    _encoder: GTEEncoder = PrivateAttr()
+    _encoder: TextEncoder = PrivateAttr()
+    _shared: SharedEncoder | None = PrivateAttr(default=None)
 
     # The model is loaded here and not in a validator: pydantic would replace the core's own errors by a ValidationError.
-    def __init__(self, *, encoder: GTEEncoder | None = None, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, encoder: TextEncoder | None = None, **options: Any) -> None:  # noqa: ANN401
         """Check the options and load the model.
 
         Args:
-            encoder: A ready-made encoder, to share one with a `HybridCollection` or another adapter. It decides everything
-                about the model; of the fields only `dimension` and those about progress may be given beside it.
+            encoder: A ready-made encoder, to share one with a `HybridCollection` or another adapter, or a client of
+                `gte_rag.remote`. It decides everything about the model; of the fields only `dimension` and those about
+                progress may be given beside it.
             **options: The fields above.
 
         Raises:
@@ -100,20 +105,36 @@ class GTEEmbeddings(BaseModel, Embeddings):
         if encoder is None:
             self._encoder = self._load()
             return
-        if not isinstance(encoder, GTEEncoder):
-            raise TypeError(f"encoder is {type(encoder).__name__}; give a gte_rag.GTEEncoder")
+        if not isinstance(encoder, TextEncoder):
+            raise TypeError(
+                f"encoder is {type(encoder).__name__}; give a gte_rag.GTEEncoder, or an encoder of gte_rag.remote"
+            )
         if given := [field for field in _LOADING_FIELDS if field in self.model_fields_set]:
             raise ValueError(f"{', '.join(given)}: decided by the encoder that is passed; leave out one or the other")
         encoder.encode_queries([], sparse=False, dimension=self.dimension)  # refuses a dimension it cannot give
         self.model_name = encoder.name
-        self.device, self.precision, self.max_length = str(encoder.device), encoder.precision, encoder.max_length
+        if isinstance(encoder, GTEEncoder):
+            self.device, self.precision, self.max_length = str(encoder.device), encoder.precision, encoder.max_length
         self.dimension = encoder.dimension if self.dimension is None else self.dimension
         self._encoder = encoder
 
     @property
-    def encoder(self) -> GTEEncoder:
+    def encoder(self) -> TextEncoder:
         """The encoder in use, to be shared: ``HybridCollection(client, name, encoder=embeddings.encoder)``."""
         return self._encoder
+
+    def share(self) -> SharedEncoder:
+        """Return where dense and sparse vectors of a text come from one forward pass; from now on this encodes there too.
+
+        `GTESparseEmbeddings` and `GTEMilvusSparseEmbeddings` call it. Every text embedded from now on is given sparse weights
+        as well, which are kept until they are asked for, 4,096 texts or the last call at most.
+
+        Raises:
+            ValueError: The model gives no sparse vectors.
+        """
+        if self._shared is None:
+            self._shared = SharedEncoder.wrap(self._encoder, dimension=self.dimension)
+        return self._shared
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Return the vector of each document.
@@ -127,23 +148,31 @@ class GTEEmbeddings(BaseModel, Embeddings):
         Raises:
             TypeError: `texts` is not a list of strings.
         """
-        return _rows(self._encoder.encode_documents(texts, **self._options(self.encode_kwargs)))
+        if self._shared is not None:
+            return _rows(self._shared.dense(texts, show_progress=self._shows_progress(self.encode_kwargs)))
+        return _rows(self._encoder.encode_documents(texts, **self._options(self.encode_kwargs)).dense)
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a query: `dimension` floats, of unit length."""
-        return _rows(self._encoder.encode_queries([text], **self._options(self._for_queries)))[0]
+        if self._shared is not None:
+            progress = self._shows_progress(self._for_queries)
+            return _rows(self._shared.dense([text], queries=True, show_progress=progress))[0]
+        return _rows(self._encoder.encode_queries([text], **self._options(self._for_queries)).dense)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """Return what `embed_documents` returns, computed in a thread while the event loop goes on."""
-        return _rows(await self._encoder.aencode_documents(texts, **self._options(self.encode_kwargs)))
+        return await asyncio.to_thread(self.embed_documents, texts)
 
     async def aembed_query(self, text: str) -> list[float]:
         """Return what `embed_query` returns, computed in a thread while the event loop goes on."""
-        return _rows(await self._encoder.aencode_queries([text], **self._options(self._for_queries)))[0]
+        return await asyncio.to_thread(self.embed_query, text)
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Return the fields and the model's fingerprint, without the model."""
-        return {**super().__getstate__(), "__pydantic_private__": None, "fingerprint": self._encoder.fingerprint}
+        """Return the fields and the model's fingerprint, without the model; of a service its client, without the key."""
+        state = {**super().__getstate__(), "__pydantic_private__": None}
+        if isinstance(self._encoder, GTEEncoder):
+            return {**state, "fingerprint": self._encoder.fingerprint}
+        return {**state, "encoder": self._encoder}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Restore the fields and load the model again.
@@ -151,12 +180,16 @@ class GTEEmbeddings(BaseModel, Embeddings):
         Raises:
             CheckpointError: The model of this name is another one than when the pickle was made.
         """
-        super().__setstate__({key: value for key, value in state.items() if key != "fingerprint"})
-        self._encoder = self._load()
-        if self._encoder.fingerprint != state["fingerprint"]:
+        super().__setstate__({key: value for key, value in state.items() if key not in ("fingerprint", "encoder")})
+        self._shared = None
+        if "encoder" in state:
+            self._encoder = state["encoder"]
+            return
+        self._encoder = encoder = self._load()
+        if encoder.fingerprint != state["fingerprint"]:
             raise CheckpointError(
                 f"{self.model_name!r} is another model than when this was pickled: its fingerprint is "
-                f"{self._encoder.fingerprint} and was {state['fingerprint']}. Name a revision or a folder that stays"
+                f"{encoder.fingerprint} and was {state['fingerprint']}. Name a revision or a folder that stays"
             )
 
     @property
@@ -164,8 +197,14 @@ class GTEEmbeddings(BaseModel, Embeddings):
         return self.query_encode_kwargs or self.encode_kwargs
 
     def _options(self, encode_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        show_progress = encode_kwargs.get("show_progress_bar", self.show_progress)
-        return {"sparse": False, "dimension": self.dimension, "show_progress": show_progress}
+        return {
+            "sparse": False,
+            "dimension": self.dimension,
+            "show_progress": self._shows_progress(encode_kwargs),
+        }
+
+    def _shows_progress(self, encode_kwargs: Mapping[str, Any]) -> bool:
+        return bool(encode_kwargs.get("show_progress_bar", self.show_progress))
 
     def _load(self) -> GTEEncoder:
         return GTEEncoder.from_pretrained(
@@ -215,7 +254,7 @@ class GTEEmbeddings(BaseModel, Embeddings):
         return multi_process
 
 
-def _rows(encoding: Encoding) -> list[list[float]]:
-    assert encoding.dense is not None  # every call here asks for dense vectors
-    rows: list[list[float]] = encoding.dense.tolist()
+def _rows(dense: FloatArray | None) -> list[list[float]]:
+    assert dense is not None  # every call here asks for dense vectors
+    rows: list[list[float]] = dense.tolist()
     return rows

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gte_rag.errors import missing_extra
-from gte_rag.reranker import GTEReranker, RerankResult
+from gte_rag.interface import RerankResult, TextReranker
+from gte_rag.reranker import GTEReranker
 
 try:
     from langchain_core.callbacks import Callbacks
@@ -56,15 +57,15 @@ class GTERerank(BaseDocumentCompressor):
     revision: str | None = None
     local_files_only: bool = False
 
-    _reranker: GTEReranker = PrivateAttr()
+    _reranker: TextReranker = PrivateAttr()
 
     # The model is loaded here and not in a validator: pydantic would replace the core's own errors by a ValidationError.
-    def __init__(self, *, reranker: GTEReranker | None = None, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, reranker: TextReranker | None = None, **options: Any) -> None:  # noqa: ANN401
         """Check the options and load the model.
 
         Args:
-            reranker: A ready-made reranker, to share one. It decides everything about the model; of the fields only `top_n` may
-                be given beside it.
+            reranker: A ready-made reranker, to share one, or a client of `gte_rag.remote`. It decides everything about the
+                model; of the fields only `top_n` may be given beside it.
             **options: The fields above.
 
         Raises:
@@ -88,16 +89,19 @@ class GTERerank(BaseDocumentCompressor):
                 local_files_only=self.local_files_only,
             )
             return
-        if not isinstance(reranker, GTEReranker):
-            raise TypeError(f"reranker is {type(reranker).__name__}; give a gte_rag.GTEReranker")
+        if not isinstance(reranker, TextReranker):
+            raise TypeError(
+                f"reranker is {type(reranker).__name__}; give a gte_rag.GTEReranker, or a reranker of gte_rag.remote"
+            )
         if given := [field for field in _LOADING_FIELDS if field in self.model_fields_set]:
             raise ValueError(f"{', '.join(given)}: decided by the reranker that is passed; leave out one or the other")
         self.model_name = reranker.name
-        self.device, self.precision, self.max_length = str(reranker.device), reranker.precision, reranker.max_length
+        if isinstance(reranker, GTEReranker):
+            self.device, self.precision, self.max_length = str(reranker.device), reranker.precision, reranker.max_length
         self._reranker = reranker
 
     @property
-    def reranker(self) -> GTEReranker:
+    def reranker(self) -> TextReranker:
         """The reranker in use, to be shared."""
         return self._reranker
 

@@ -13,7 +13,7 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from gte_rag.chroma import HybridCollection
-from gte_rag.encoder import GTEEncoder
+from gte_rag.interface import TextEncoder
 from gte_rag.retriever import Hit, HybridRetriever
 from langchain_gte.embeddings import GTEEmbeddings
 from langchain_gte.reranker import RERANK_SCORE_KEY
@@ -107,7 +107,7 @@ class GTEHybridRetriever(BaseRetriever):
         cls,
         store: Chroma,
         *,
-        encoder: GTEEncoder | None = None,
+        encoder: TextEncoder | None = None,
         backfill: bool = False,
         **options: Any,  # noqa: ANN401
     ) -> GTEHybridRetriever:

@@ -84,6 +84,7 @@ def test_a_reranker_is_loaded_by_name(reranker_folder: Path, reranker: GTERerank
         options: dict[str, Any] = {name: str(reranker_folder), "device": "cpu", "max_length": 512}
         compressor = GTERerank(**options)
         assert compressor.reranker.fingerprint == reranker.fingerprint
+        assert isinstance(compressor.reranker, GTEReranker)
         assert compressor.reranker.max_length == 512
         assert compressor.model_name == str(reranker_folder)
 

@@ -161,6 +161,7 @@ def test_no_nodes_give_no_nodes(reranker: GTEReranker) -> None:
 def test_a_reranker_is_loaded_by_name(reranker_folder: Path, reranker: GTEReranker) -> None:
     postprocessor = GTERerank(str(reranker_folder), device="cpu", max_length=512)
     assert postprocessor.reranker.fingerprint == reranker.fingerprint
+    assert isinstance(postprocessor.reranker, GTEReranker)
     assert postprocessor.reranker.max_length == 512
     assert postprocessor.to_dict()["model"] == str(reranker_folder)
     assert postprocessor.to_dict()["class_name"] == "GTERerank"

@@ -8,7 +8,9 @@ from typing import Any
 
 from gte_rag.encoder import GTEEncoder
 from gte_rag.errors import CheckpointError, missing_extra
-from gte_rag.vectors import Encoding
+from gte_rag.interface import TextEncoder
+from gte_rag.shared import SharedEncoder
+from gte_rag.vectors import FloatArray
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -46,7 +48,8 @@ class GTEEmbedding(BaseEmbedding):
     local_files_only: bool = Field(description="Use what was downloaded before and never the network.")
     show_progress_bar: bool = Field(description="Show a progress bar for calls of more than two seconds.")
 
-    _encoder: GTEEncoder | None = PrivateAttr(default=None)
+    _encoder: TextEncoder | None = PrivateAttr(default=None)
+    _shared: SharedEncoder | None = PrivateAttr(default=None)
     _fingerprint: str | None = PrivateAttr(default=None)
 
     def __init__(
@@ -68,7 +71,7 @@ class GTEEmbedding(BaseEmbedding):
         callback_manager: CallbackManager | None = None,
         embeddings_cache: Any | None = None,  # noqa: ANN401
         rate_limiter: Any | None = None,  # noqa: ANN401
-        encoder: GTEEncoder | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
         """Load the model.
 
@@ -89,8 +92,8 @@ class GTEEmbedding(BaseEmbedding):
             callback_manager: LlamaIndex's callbacks.
             embeddings_cache: A LlamaIndex key-value store that remembers vectors.
             rate_limiter: LlamaIndex's limit on calls.
-            encoder: A ready-made encoder, to share one with a `HybridCollection` or another adapter. It replaces the
-                options about the model, except `dimension`.
+            encoder: A ready-made encoder, to share one with a `HybridCollection` or another adapter, or a client of
+                `gte_rag.remote`. It replaces the options about the model, except `dimension`.
 
         Raises:
             CheckpointError: The model cannot be loaded.
@@ -99,8 +102,10 @@ class GTEEmbedding(BaseEmbedding):
         if not normalize:
             raise ValueError("normalize must be True: GTE vectors are always of unit length; leave it out")
         if encoder is not None:
-            if not isinstance(encoder, GTEEncoder):
-                raise TypeError(f"encoder is {type(encoder).__name__}; give a gte_rag.GTEEncoder")
+            if not isinstance(encoder, TextEncoder):
+                raise TypeError(
+                    f"encoder is {type(encoder).__name__}; give a gte_rag.GTEEncoder, or an encoder of gte_rag.remote"
+                )
             given = (model_name, max_length, precision, cache_folder, device, revision, local_files_only)
             if given != ("gte-mini", 8192, "auto", None, None, None, False):
                 raise ValueError(
@@ -108,8 +113,9 @@ class GTEEmbedding(BaseEmbedding):
                     "local_files_only, which it has decided already; leave out one or the other"
                 )
             encoder.encode_queries([], sparse=False, dimension=dimension)  # refuses a dimension it cannot give
-            model_name, max_length, precision = encoder.name, encoder.max_length, encoder.precision
-            device = str(encoder.device)
+            model_name = encoder.name
+            if isinstance(encoder, GTEEncoder):
+                max_length, precision, device = encoder.max_length, encoder.precision, str(encoder.device)
             dimension = encoder.dimension if dimension is None else dimension
         fields: dict[str, Any] = {
             "model_name": model_name,
@@ -136,7 +142,7 @@ class GTEEmbedding(BaseEmbedding):
         return "GTEEmbedding"
 
     @property
-    def encoder(self) -> GTEEncoder:
+    def encoder(self) -> TextEncoder:
         """The encoder in use, to be shared: ``HybridCollection(client, name, encoder=embed_model.encoder)``."""
         if self._encoder is not None:
             return self._encoder
@@ -144,42 +150,57 @@ class GTEEmbedding(BaseEmbedding):
             self._encoder = encoder = self._encoder or self._load()
             return encoder
 
+    def share(self) -> SharedEncoder:
+        """Return where dense and sparse vectors of a text come from one forward pass; from now on this encodes there too.
+
+        The adapters of `llama_index.sparse_embeddings.gte` call it. Every text embedded from now on is given sparse weights
+        as well, which are kept until they are asked for, 4,096 texts or the last call at most.
+
+        Raises:
+            ValueError: The model gives no sparse vectors.
+        """
+        if self._shared is None:
+            self._shared = SharedEncoder.wrap(self.encoder, dimension=self.dimension)
+        return self._shared
+
     def _get_query_embedding(self, query: str) -> list[float]:
-        return _rows(self.encoder.encode_queries([query], **self._options()))[0]
+        if self._shared is not None:
+            return _rows(self._shared.dense([query], queries=True, show_progress=self.show_progress_bar))[0]
+        return _rows(self.encoder.encode_queries([query], **self._options()).dense)[0]
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return _rows(self.encoder.encode_documents(texts, **self._options()))
+        if self._shared is not None:
+            return _rows(self._shared.dense(texts, show_progress=self.show_progress_bar))
+        return _rows(self.encoder.encode_documents(texts, **self._options()).dense)
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return _rows(await (await self._aencoder()).aencode_queries([query], **self._options()))[0]
+        return await asyncio.to_thread(self._get_query_embedding, query)
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
         return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return _rows(await (await self._aencoder()).aencode_documents(texts, **self._options()))
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the fields and the model's fingerprint, without the model."""
+        """Return the fields and the model's fingerprint, without the model; of a service its client, without the key."""
         fields = {name: getattr(self, name) for name, field in type(self).model_fields.items() if not field.exclude}
+        if self._encoder is not None and not isinstance(self._encoder, GTEEncoder):
+            return {"fields": fields, "encoder": self._encoder}
         fingerprint = self._fingerprint if self._encoder is None else self._encoder.fingerprint
         return {"fields": fields, "fingerprint": fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the fields; the model is loaded when it is first needed."""
         super().__init__(**state["fields"])
-        self._fingerprint = state["fingerprint"]
+        self._encoder = state.get("encoder")
+        self._fingerprint = state.get("fingerprint")
 
     def _options(self) -> dict[str, Any]:
         return {"sparse": False, "dimension": self.dimension, "show_progress": self.show_progress_bar}
-
-    async def _aencoder(self) -> GTEEncoder:
-        if self._encoder is None:
-            return await asyncio.to_thread(lambda: self.encoder)
-        return self._encoder
 
     def _load(self) -> GTEEncoder:
         encoder = GTEEncoder.from_pretrained(
@@ -200,7 +221,7 @@ class GTEEmbedding(BaseEmbedding):
         return encoder
 
 
-def _rows(encoding: Encoding) -> list[list[float]]:
-    assert encoding.dense is not None  # every call here asks for dense vectors
-    rows: list[list[float]] = encoding.dense.tolist()
+def _rows(dense: FloatArray | None) -> list[list[float]]:
+    assert dense is not None  # every call here asks for dense vectors
+    rows: list[list[float]] = dense.tolist()
     return rows

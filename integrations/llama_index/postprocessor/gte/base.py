@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gte_rag.errors import missing_extra
+from gte_rag.interface import TextReranker
 from gte_rag.reranker import GTEReranker
 
 try:
@@ -36,7 +37,7 @@ class GTERerank(BaseNodePostprocessor):
     metadata_mode: MetadataMode = Field(description="Which metadata the reranker reads before a node's text.")
     keep_retrieval_score: bool = Field(description="Put the retriever's score into the metadata as retrieval_score.")
 
-    _reranker: GTEReranker = PrivateAttr()
+    _reranker: TextReranker = PrivateAttr()
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class GTERerank(BaseNodePostprocessor):
         revision: str | None = None,
         local_files_only: bool = False,
         callback_manager: CallbackManager | None = None,
-        reranker: GTEReranker | None = None,
+        reranker: TextReranker | None = None,
     ) -> None:
         """Load the model.
 
@@ -70,7 +71,8 @@ class GTERerank(BaseNodePostprocessor):
             revision: Branch, tag or commit of an id.
             local_files_only: Use what was downloaded before and never the network.
             callback_manager: LlamaIndex's callbacks.
-            reranker: A ready-made reranker, to share one. It replaces the options about the model.
+            reranker: A ready-made reranker, to share one, or a client of `gte_rag.remote`. It replaces the options about the
+                model.
 
         Raises:
             CheckpointError: The model cannot be loaded, or is no reranker.
@@ -90,8 +92,10 @@ class GTERerank(BaseNodePostprocessor):
                 cache_dir=cache_folder,
                 local_files_only=local_files_only,
             )
-        elif not isinstance(reranker, GTEReranker):
-            raise TypeError(f"reranker is {type(reranker).__name__}; give a gte_rag.GTEReranker")
+        elif not isinstance(reranker, TextReranker):
+            raise TypeError(
+                f"reranker is {type(reranker).__name__}; give a gte_rag.GTEReranker, or a reranker of gte_rag.remote"
+            )
         elif (device, precision, max_length, cache_folder, revision, local_files_only) != (
             *(None, "auto", 8192),
             *(None, None, False),
@@ -116,7 +120,7 @@ class GTERerank(BaseNodePostprocessor):
         return "GTERerank"
 
     @property
-    def reranker(self) -> GTEReranker:
+    def reranker(self) -> TextReranker:
         """The reranker in use, to be shared."""
         return self._reranker
 

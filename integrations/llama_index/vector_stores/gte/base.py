@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gte_rag.errors import missing_extra
+from gte_rag.interface import TextEncoder
 
 try:  # before gte_rag.chroma, so that the extra that brings both is named
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -108,7 +109,7 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
         chroma_client: ClientAPI | None = None,
         model_name: str = "gte-mini",
         dimension: int | None = None,
-        encoder: GTEEncoder | None = None,
+        encoder: TextEncoder | None = None,
         adopt: bool = False,
         candidates: int = 100,
         fusion: str = "relative_score",
@@ -194,7 +195,7 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
         return self._collection
 
     @property
-    def encoder(self) -> GTEEncoder:
+    def encoder(self) -> TextEncoder:
         """The encoder in use, to be shared with the index: ``GTEEmbedding(encoder=store.encoder)``."""
         return self._collection.encoder
 
