@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
-    from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
+    from gte_rag.errors import BulkError, CheckpointError, CollectionMismatchError, MissingExtraError
     from gte_rag.records import Record
     from gte_rag.reranker import GTEReranker, RerankResult
     from gte_rag.reranking import RerankedHit, RerankingRetriever
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BulkError",
     "CheckpointError",
     "CollectionMismatchError",
     "Encoding",
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError"),
+    "errors": ("BulkError", "CheckpointError", "CollectionMismatchError", "MissingExtraError"),
     "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
     "encoder": ("GTEEncoder",),
     "records": ("Record",),

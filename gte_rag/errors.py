@@ -15,6 +15,10 @@ class CollectionMismatchError(ValueError):
     """A collection was made by another model, with another dimension, or with another distance."""
 
 
+class BulkError(RuntimeError):
+    """A bulk run cannot start in its folder or has stopped; the message says why and how it goes on."""
+
+
 class MissingExtraError(ImportError):
     """A feature needs a package that is not installed; the message names the extra and the command."""
 

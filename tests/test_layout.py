@@ -38,6 +38,10 @@ LAYERS = (
     "reranking",
     "indexing",
     "demo",
+    "corpus",
+    "sinks",
+    "cluster",
+    "distributed",
     "cli",
     "__main__",
 )
@@ -45,8 +49,12 @@ LAYERS = (
 ADAPTERS = ("embeddings", "postprocessor", "retrievers", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
-    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
+    "chromadb": {"chroma", "embedding_functions", "demo", "sinks", "cli"},
     "modelscope_hub": {"modelscope"},
+    "pyarrow": {"corpus", "sinks", "distributed"},
+    "pymilvus": {"sinks"},
+    "qdrant_client": {"sinks"},
+    "ray": {"cluster"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
