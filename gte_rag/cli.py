@@ -558,11 +558,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _encode_files(arguments: argparse.Namespace) -> int:
     _require("rich")
-    from gte_rag.distributed import ChromaSink, MilvusSink, QdrantSink, encode_files
+    from gte_rag.distributed import ChromaSink, MilvusSink, QdrantSink, Sink, encode_files
     from gte_rag.errors import BulkError
 
     name, environment = arguments.collection, os.environ
-    sink = None
+    sink: Sink | None = None
     if arguments.qdrant:
         sink = QdrantSink(arguments.qdrant, name, environment.get("QDRANT_API_KEY"))
     elif arguments.milvus:

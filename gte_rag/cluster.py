@@ -16,10 +16,10 @@ from gte_rag.errors import missing_extra
 _MOST_CPUS = 8
 # Little above Ray's least: only descriptions of the work pass through its store, never texts or vectors.
 _OBJECT_STORE_BYTES = 80 * 2**20
-# Ray's own switches: report nothing to its makers; in a Ray that is started here listen on the loopback interface only (they
-# have an effect before Ray is first imported), and do not warn of Ray Data's own way to start workers.
+# Ray's own switches: report nothing to its makers; in a Ray that is started here listen on the loopback interface only (it
+# has an effect before Ray is first imported).
 _SWITCHES = {"RAY_USAGE_STATS_ENABLED": "0"}
-_LOCAL_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+_LOCAL_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class Cluster:
@@ -114,7 +114,7 @@ class Cluster:
         import ray
 
         workers, cpus, gpus = self._wanted
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         if gpus is None:
             gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
         most = int(max((node.get("CPU", 0) for node in nodes), default=0))

@@ -2,8 +2,8 @@
 
 The input is cut into parts once, and the cut is written down before anything is encoded (`_gte_rag/plan.json`). Ray Data hands
 the parts to a pool of workers, each with one model; a worker reads its part itself, encodes it, writes it and then leaves a
-mark (`_gte_rag/done`). A part with a mark is never touched again, and one without is done anew and replaces what it left behind, so
-that a run may be killed anywhere, in a worker or as a whole, and what comes out holds every id once.
+mark (`_gte_rag/done`). A part with a mark is never touched again, and one without is done anew and replaces what it left
+behind, so that a run may be killed anywhere, in a worker or as a whole, and what comes out holds every id once.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def _cut(
             scans.append(Scan(parts, found["digests"], found["numbers"]))
             if found["damage"].size:
                 damaged.append([file, found["damage"].tobytes().decode("utf-8")])
-    numbers = {}
+    numbers: dict[tuple[int, int], int] = {}
     for file, found_scan in enumerate(scans):
         for part in found_scan.parts:
             numbers[file, part.first] = len(numbers)
@@ -421,7 +421,7 @@ def _scan(row: dict[str, Any]) -> dict[str, Any]:
 
         def write(draft: Path) -> None:
             with draft.open("wb") as file:  # given a path, NumPy would add a suffix
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes every name for its own option
 
         replace_file(Path(item["to"]), write)
     except OSError as error:
@@ -491,9 +491,10 @@ class _Worker:
     def _encode(self, task: _Task) -> str:
         """Encode and write a part and leave its mark; return why that cannot be done."""
         started = time.monotonic()
+        faults = self._job.sink.faults()
         try:
             encoder, writer = self._opened()
-        except (ValueError, *self._job.sink.faults()) as error:
+        except faults + (ValueError,) as error:  # noqa: RUF005  # the type checker follows this form
             return f"a worker cannot begin: {_line(error)}"
         try:
             rows = read_part(task.source, task.part, self._job.columns, self._job.schema)
@@ -525,7 +526,7 @@ class _Worker:
                 "worker": os.getpid(),
             }
             _replace_json(self._state / "done" / f"{number:05d}.json", mark)
-        except self._job.sink.faults() as error:
+        except faults as error:
             return f"part {number} ({task.source.path}, row {task.part.first} on) cannot be written: {_line(error)}"
         return ""
 

@@ -37,6 +37,8 @@ QDRANT_SPARSE = "langchain-sparse"
 _QDRANT_TEXT, _QDRANT_METADATA = "page_content", "metadata"
 _MILVUS_ID, _MILVUS_TEXT, _MILVUS_DENSE, _MILVUS_SPARSE = "pk", "text", "dense", "sparse"
 _MILVUS_BYTES = 65535
+# Milvus refuses an empty sparse vector. Token 0 is a special one, which no query has, so this one scores 0 as well.
+_MILVUS_NO_WEIGHTS = {0: 1e-6}
 # Points of a request: far below every server's limit on a message.
 _REQUEST = 256
 _TIMEOUT_S = 60
@@ -392,7 +394,8 @@ class _MilvusWriter(Writer):
             record[_MILVUS_DENSE] = encoding.dense[row].tolist()
             if encoding.sparse is not None:
                 sparse = encoding.sparse[row]
-                record[_MILVUS_SPARSE] = dict(zip(sparse.indices.tolist(), sparse.values.tolist(), strict=True))
+                weights = dict(zip(sparse.indices.tolist(), sparse.values.tolist(), strict=True))
+                record[_MILVUS_SPARSE] = weights or _MILVUS_NO_WEIGHTS
             records.append(record)
         for start in range(0, len(records), _REQUEST):
             self._client.upsert(self._collection, records[start : start + _REQUEST])
@@ -436,6 +439,7 @@ class ChromaSink(Sink):
 
         try:
             import chromadb
+            from chromadb.config import Settings
         except ImportError as error:
             raise missing_extra("chromadb", "chroma") from error
         address = urlsplit(self.url)
@@ -446,7 +450,7 @@ class ChromaSink(Sink):
             port=address.port or (443 if address.scheme == "https" else 8000),
             ssl=address.scheme == "https",
             headers={"Authorization": f"Bearer {self.token}"} if self.token else None,
-            settings=chromadb.Settings(anonymized_telemetry=False),
+            settings=Settings(anonymized_telemetry=False),
         )
         return HybridCollection(client, self.collection, encoder=encoder)
 

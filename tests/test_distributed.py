@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-pa = pytest.importorskip("pyarrow")
-ray = pytest.importorskip("ray")
-pytest.importorskip("ray.data")
+pytest.importorskip("pyarrow")
+pytest.importorskip("ray")
+
+import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from checkpoints import TEXTS, build, find_variant
 from gte_rag import BulkError, CollectionMismatchError, GTEEncoder, HybridCollection, sinks
@@ -121,11 +123,9 @@ def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for(
-    corpus: Path, tmp_path: Path, model: str
-) -> None:
+def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for() -> None:
     with pytest.raises(ValueError, match="room for 2 workers of 1 CPUs and 0 GPUs each, and 3 are wanted"):
-        run(corpus, tmp_path / "out", model, workers=3, cpus_per_worker=1)
+        list(Cluster(None, 3, 1, 0).pool(dict, (), [1]))
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
