@@ -77,7 +77,8 @@ def main() -> None:
     found = measure(arguments.rows, arguments.cpus)
     result = {
         "command": f"python benchmarks/scaling.py --rows {arguments.rows} --cpus {arguments.cpus}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "torch": torch.__version__,
         "model": "gte-mini",
         "measured": found,
         "a million such documents": {
