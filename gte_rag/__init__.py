@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
-    from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError, RemoteError
+    from gte_rag.errors import BulkError, CheckpointError, CollectionMismatchError, MissingExtraError, RemoteError
     from gte_rag.interface import RerankResult
     from gte_rag.records import Record
     from gte_rag.remote import DashScopeEncoder, DashScopeReranker, OpenAIEncoder
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BulkError",
     "CheckpointError",
     "CollectionMismatchError",
     "DashScopeEncoder",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("CheckpointError", "CollectionMismatchError", "MissingExtraError", "RemoteError"),
+    "errors": ("BulkError", "CheckpointError", "CollectionMismatchError", "MissingExtraError", "RemoteError"),
     "interface": ("RerankResult",),
     "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
     "remote": ("DashScopeEncoder", "DashScopeReranker", "OpenAIEncoder"),

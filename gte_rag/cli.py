@@ -176,6 +176,42 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 (default: that of the checkpoint)"
     )
 
+    bulk = _command(commands, "encode-files", _encode_files, "encode many files on Ray into Parquet or a vector store")
+    bulk.set_defaults(resume="; finished parts are kept, and the same command, run again, does the rest")
+    bulk.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a .parquet, .jsonl, .ndjson or .txt file (one text a line), or a folder with such files",
+    )
+    bulk.add_argument(
+        "--out", required=True, metavar="DIR", help="output folder; with a store it keeps plan, marks and errors"
+    )
+    store = bulk.add_mutually_exclusive_group()
+    store.add_argument("--qdrant", metavar="URL", help="fill a Qdrant server (key: QDRANT_API_KEY in the environment)")
+    store.add_argument("--milvus", metavar="URL", help="fill a Milvus server (token: MILVUS_TOKEN in the environment)")
+    store.add_argument("--chroma", metavar="URL", help="fill a Chroma server (token: CHROMA_TOKEN in the environment)")
+    bulk.add_argument(
+        "--collection", default="documents", metavar="NAME", help="collection of the store (default: %(default)s)"
+    )
+    bulk.add_argument("--id-column", default="id", metavar="NAME", help="column with the ids (default: %(default)s)")
+    bulk.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column with the texts (default: %(default)s)"
+    )
+    bulk.add_argument("--columns", nargs="*", metavar="NAME", help="other columns to keep (default: all)")
+    bulk.add_argument("--model", metavar="NAME", help="gte-mini, a folder or a Hugging Face id (default: gte-mini)")
+    bulk.add_argument("--precision", default="auto", metavar="NAME", help="float32, bf16 or int8 (default: float32)")
+    bulk.add_argument("--dimension", type=_count, metavar="N", help="length of the dense vectors")
+    bulk.add_argument(
+        "--rows-per-part", type=_count, default=4096, metavar="N", help="rows of a part (default: %(default)s)"
+    )
+    bulk.add_argument(
+        "--workers", type=_count, metavar="N", help="number of workers (default: as many as there is room)"
+    )
+    bulk.add_argument("--cpus-per-worker", type=_count, metavar="N", help="cores and threads of a worker")
+    bulk.add_argument("--gpus-per-worker", type=_weight, metavar="X", help="GPUs of a worker, parts of one allowed")
+    bulk.add_argument("--address", metavar="ADDRESS", help="a Ray cluster (default: RAY_ADDRESS, else this machine)")
+
     demo = _command(commands, "demo", _demo, "index the bundled documents and answer the bundled questions")
     _add_model_options(demo, "gte-mini")
     return parser
@@ -515,6 +551,68 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{arguments.folder} holds {arguments.source} ({head}); transformers and sentence-transformers load it as it is"
     )
     return 0
+
+
+def _encode_files(arguments: argparse.Namespace) -> int:
+    _require("rich")
+    from gte_rag.distributed import ChromaSink, MilvusSink, QdrantSink, Sink, encode_files
+    from gte_rag.errors import BulkError
+
+    name, environment = arguments.collection, os.environ
+    sink: Sink | None = None
+    if arguments.qdrant:
+        sink = QdrantSink(arguments.qdrant, name, environment.get("QDRANT_API_KEY"))
+    elif arguments.milvus:
+        sink = MilvusSink(arguments.milvus, name, environment.get("MILVUS_TOKEN"))
+    elif arguments.chroma:
+        sink = ChromaSink(arguments.chroma, name, environment.get("CHROMA_TOKEN"))
+    with _rows_progress() as on_progress, _as_usage_error():
+        try:
+            report = encode_files(
+                arguments.paths,
+                arguments.out,
+                to=sink,
+                model=arguments.model or _DEFAULT_MODEL,
+                precision=arguments.precision,
+                dimension=arguments.dimension,
+                id_column=arguments.id_column,
+                text_column=arguments.text_column,
+                columns=arguments.columns,
+                rows_per_part=arguments.rows_per_part,
+                workers=arguments.workers,
+                cpus_per_worker=arguments.cpus_per_worker,
+                gpus_per_worker=arguments.gpus_per_worker,
+                address=arguments.address,
+                on_progress=on_progress,
+            )
+        except BulkError as error:
+            raise _CommandError(str(error), 1) from error
+    if report.set_aside:
+        _say(f"{report.set_aside:,} rows or files set aside; the reasons are in {_shown_path(report.errors_file)}")
+    if report.abandoned:
+        _say(
+            f"{report.abandoned} parts killed their worker every time and are missing; the same command tries them again"
+        )
+    if report.truncated:
+        _say(f"warning: {report.truncated:,} texts are too long for the model and were cut")
+    earlier = f", {report.earlier} of them by earlier runs" if report.earlier else ""
+    _print(
+        f"{report.written:,} of {report.rows:,} rows written in {report.parts} parts{earlier} ({report.seconds:.1f} s)"
+    )
+    return 1 if report.set_aside or report.abandoned else 0
+
+
+@contextmanager
+def _rows_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show on a terminal how many rows are done; elsewhere show nothing."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = _console(sys.stderr)
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _version(package: str) -> str:

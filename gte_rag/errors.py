@@ -32,6 +32,10 @@ class RemoteError(RuntimeError):
         self.status, self.code, self.request_id = status, code, request_id
 
 
+class BulkError(RuntimeError):
+    """A bulk run cannot start in its folder or has stopped; the message says why and how it goes on."""
+
+
 class MissingExtraError(ImportError):
     """A feature needs a package that is not installed; the message names the extra and the command."""
 

@@ -43,6 +43,10 @@ LAYERS = (
     "reranking",
     "indexing",
     "demo",
+    "corpus",
+    "sinks",
+    "cluster",
+    "distributed",
     "cli",
     "__main__",
 )
@@ -51,8 +55,12 @@ ADAPTERS = ("embeddings", "postprocessor", "retrievers", "sparse_embeddings", "v
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
     "httpx": {"service"},
-    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
+    "chromadb": {"chroma", "embedding_functions", "demo", "sinks", "cli"},
     "modelscope_hub": {"modelscope"},
+    "pyarrow": {"corpus", "sinks", "distributed"},
+    "pymilvus": {"sinks"},
+    "qdrant_client": {"sinks"},
+    "ray": {"cluster"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),

@@ -1,0 +1,433 @@
+"""Bulk encoding: every id once whatever is killed, resumed runs, rows set aside, and the stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("ray")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from checkpoints import TEXTS, build, find_variant
+from gte_rag import BulkError, CollectionMismatchError, GTEEncoder, HybridCollection, sinks
+from gte_rag.cluster import Cluster
+from gte_rag.corpus import Columns, select_sources
+from gte_rag.distributed import ERRORS_FILE, BulkReport, ChromaSink, MilvusSink, QdrantSink, encode_files
+
+ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build(find_variant("multilingual-base"), tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def tiny(model: str) -> GTEEncoder:
+    return GTEEncoder.from_pretrained(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One Ray of two cores for the module."""
+    ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run scan and workers in this process, one after the other, through the same JSON."""
+
+    def results(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return (json.loads(function({"item": json.dumps(item)})["result"]) for item in items)
+
+    monkeypatch.setattr(Cluster, "map", lambda self, function, items: results(function, items))
+    monkeypatch.setattr(Cluster, "pool", lambda self, worker, given, items: results(worker(1, 0, *given), items))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"id": f"a{n}", "text": TEXTS[n % len(TEXTS)], "n": n} for n in range(ROWS)])
+    return folder
+
+
+def write_jsonl(path: Path, rows: Sequence[object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def ids_of(folder: Path) -> list[str]:
+    ids: list[str] = pq.read_table(folder).column("id").to_pylist()
+    return ids
+
+
+def errors_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / ERRORS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def run(corpus: Path, out: Path, model: str, **options: Any) -> BulkReport:
+    return encode_files([corpus], out, **{"model": model, "rows_per_part": 10, **options})
+
+
+# --- on Ray ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="stops a process and looks at it in /proc")
+def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
+    corpus: Path, tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "out"
+    state = out / "_gte_rag"
+    killed: list[tuple[str, int]] = []
+
+    def kill_one_at_work(done: int, total: int) -> None:
+        for begun in state.glob("begun/*"):
+            mark = state / "done" / f"{begun.name}.json"
+            if killed or mark.exists():
+                continue
+            worker = int(begun.read_text().split()[-1])
+            os.kill(worker, signal.SIGSTOP)
+            while Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] not in "TZ":
+                pass
+            if mark.exists():
+                os.kill(worker, signal.SIGCONT)
+                continue
+            os.kill(worker, signal.SIGKILL)
+            killed.append((begun.name, worker))
+
+    report = run(corpus, out, model, workers=2, cpus_per_worker=1, on_progress=kill_one_at_work)
+    assert killed, "no worker was caught at work"
+    assert (report.written, report.set_aside, report.abandoned) == (ROWS, 0, 0)
+    assert sorted(ids_of(out)) == sorted(f"a{n}" for n in range(ROWS))
+    part, worker = killed[0]
+    attempts = (state / "begun" / part).read_text().split()
+    assert attempts[0] == str(worker)
+    assert len(attempts) == 2
+    workers = {json.loads(mark.read_text())["worker"] for mark in state.glob("done/*")}
+    assert os.getpid() not in workers
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for() -> None:
+    with pytest.raises(ValueError, match="room for 2 workers of 1 CPUs and 0 GPUs each, and 3 are wanted"):
+        list(Cluster(None, 3, 1, 0).pool(dict, (), [1]))
+
+
+# --- without Ray -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_interrupted_run_goes_on_and_encodes_no_finished_part_again(
+    corpus: Path, tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, out, model, on_progress=interrupt)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert len(before) == 4
+    steps: list[tuple[int, int]] = []
+    report = run(corpus, out, model, on_progress=lambda done, total: steps.append((done, total)))
+    assert (report.earlier, report.parts, report.written) == (4, 12, ROWS)
+    assert steps == [(done, ROWS) for done in range(50, ROWS + 1, 10)]
+    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+    assert ids_of(out) == [f"a{n}" for n in range(ROWS)]
+    assert run(corpus, out, model).earlier == 12
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_part_that_was_written_but_not_marked_or_is_damaged_is_written_again(
+    corpus: Path, tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "out"
+    run(corpus, out, model)
+    (out / "_gte_rag" / "done" / "00003.json").unlink()
+    (out / "part-00005.parquet").write_bytes(b"PAR1")
+    (out / "part-00007.parquet").unlink()
+    report = run(corpus, out, model)
+    assert report.earlier == 9
+    assert ids_of(out) == [f"a{n}" for n in range(ROWS)]
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_parquet_output_holds_what_the_encoder_gives(tmp_path: Path, tiny: GTEEncoder, model: str) -> None:
+    table = pa.table(
+        {"key": list(range(len(TEXTS))), "body": list(TEXTS), "lang": ["x"] * len(TEXTS), "left": [0] * len(TEXTS)}
+    )
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=5)
+    out = tmp_path / "out"
+    encode_files(
+        [tmp_path / "in.parquet"],
+        out,
+        model=model,
+        dimension=64,
+        rows_per_part=7,
+        id_column="key",
+        text_column="body",
+        columns=["lang"],
+    )
+    found = pq.read_table(out)
+    assert found.column_names == ["id", "text", "lang", "dense", "sparse_indices", "sparse_values"]
+    assert found.schema.field("dense").type == pa.list_(pa.float32(), 64)
+    assert found.schema.metadata[b"gte_rag:fingerprint"].decode() == tiny.fingerprint
+    assert found.column("id").to_pylist() == [str(number) for number in range(len(TEXTS))]
+    expected = tiny.encode_documents(TEXTS, dimension=64)
+    assert expected.dense is not None
+    assert expected.sparse is not None
+    # Other neighbours in the batch: the rounding of float32.
+    np.testing.assert_allclose(np.stack(found.column("dense").to_pylist()), expected.dense, atol=1e-5)
+    for row, vector in enumerate(expected.sparse):
+        assert found.column("sparse_indices")[row].as_py() == vector.indices.tolist()
+        np.testing.assert_allclose(found.column("sparse_values")[row].as_py(), vector.values, atol=1e-4)
+
+
+@pytest.mark.usefixtures("inline")
+def test_unusable_rows_are_set_aside_with_the_reason_and_the_rest_goes_on(tmp_path: Path, model: str) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"id": "good", "text": "one"}',
+        b'{"id": "surrogate", "text": "\\ud800"}',
+        b'{"text": "no id"}',
+        b'{"id": "", "text": "x"}',
+        b'{"id": 1.5, "text": "x"}',
+        b'{"id": "number", "text": 5}',
+        b'{"id": "null", "text": null}',
+        b"",
+        b"[1]",
+        b"{",
+        b"\xff",
+        b'{"id": "nan", "text": "x", "n": NaN}',
+        b'{"id": "good", "text": "again"}',
+        b'{"id": 7, "text": "seven", "deep": {"\\ud800": [1]}}',
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    out = tmp_path / "out"
+    report = encode_files([tmp_path / "in.jsonl"], out, model=model, rows_per_part=3)
+    assert ids_of(out) == ["good", "7"]
+    assert (report.rows, report.written, report.set_aside) == (13, 2, 11)
+    reasons = {entry["row"]: entry["reason"] for entry in errors_of(out)}
+    for row, reason in {
+        2: "lone surrogate",
+        3: "it has no id",
+        4: "its id is empty",
+        5: "its id is of type float",
+        6: "its text is of type int, not a string",
+        7: "it has no text",
+        9: "is a JSON list, not an object",
+        10: "is not JSON",
+        11: "is not UTF-8",
+        12: "NaN is no JSON",
+        13: f"its id is that of {(tmp_path / 'in.jsonl').resolve()}:1, which comes first",
+    }.items():
+        assert reason in reasons.pop(row)
+    assert not reasons
+
+
+@pytest.mark.usefixtures("inline")
+def test_of_repeated_ids_the_first_row_counts_across_parts_and_files(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"id": f"{n % 5}", "text": f"a{n}"} for n in range(12)])
+    pq.write_table(
+        pa.table({"id": [4, 5, 5], "text": ["b0", "b1", "b2"], "metadata": ["{}"] * 3}), folder / "b.parquet"
+    )
+    (folder / "c.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    out = tmp_path / "out"
+    report = run(folder, out, model, rows_per_part=4)
+    found = pq.read_table(out)
+    assert dict(zip(found.column("id").to_pylist(), found.column("text").to_pylist(), strict=True)) == {
+        **{str(n): f"a{n}" for n in range(5)},
+        "5": "b1",
+        "c.txt:1": "one",
+        "c.txt:3": "two",
+    }
+    assert report.set_aside == 9
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_damaged_file_and_one_without_the_columns_are_set_aside_whole(
+    corpus: Path, tmp_path: Path, model: str
+) -> None:
+    (corpus / "b.parquet").write_bytes(b"no parquet")
+    pq.write_table(pa.table({"id": ["1"]}), corpus / "c.parquet")
+    report = run(corpus, tmp_path / "out", model)
+    assert (report.written, report.set_aside) == (ROWS, 2)
+    (first, second) = errors_of(tmp_path / "out")
+    assert first["row"] is None
+    assert "cannot be read as Parquet" in first["reason"]
+    assert second["reason"] == "has no column 'text', or several; its columns: id"
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimension": 64}, "with dimension 128, and this call has 64"),
+        ({"id_column": "n"}, "with id_column 'id', and this call has 'n'"),
+        ({"rows_per_part": 11}, "with rows_per_part 10, and this call has 11"),
+    ],
+)
+def test_a_folder_refuses_another_run(
+    corpus: Path, tmp_path: Path, model: str, change: dict[str, Any], message: str
+) -> None:
+    run(corpus, tmp_path / "out", model)
+    with pytest.raises(BulkError, match=message):
+        run(corpus, tmp_path / "out", model, **change)
+
+
+@pytest.mark.usefixtures("inline")
+def test_changed_input_and_foreign_folders_are_refused(corpus: Path, tmp_path: Path, model: str) -> None:
+    run(corpus, tmp_path / "out", model)
+    write_jsonl(corpus / "b.jsonl", [])
+    with pytest.raises(BulkError, match=r"of other input: .*b\.jsonl came, went or changed since"):
+        run(corpus, tmp_path / "out", model)
+    with pytest.raises(BulkError, match="holds other files"):
+        run(corpus, corpus, model)
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_part_that_kills_every_worker_is_left_alone_and_reported(corpus: Path, tmp_path: Path, model: str) -> None:
+    out = tmp_path / "out"
+
+    def pretend(done: int, total: int) -> None:
+        (out / "_gte_rag" / "begun" / "00005").write_text("1\n2\n3\n")
+
+    report = run(corpus, out, model, on_progress=pretend)
+    assert (report.abandoned, report.written) == (1, ROWS - 10)
+    assert run(corpus, out, model).abandoned == 0
+    assert ids_of(out) == [f"a{n}" for n in range(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rows_per_part": 0}, ValueError, "rows_per_part is 0; it must be at least 1"),
+        ({"workers": True}, TypeError, "workers is True; give a whole number"),
+        ({"text_column": "id"}, ValueError, "id_column and text_column are both 'id'"),
+        ({"columns": "lang"}, TypeError, "columns is the string 'lang'"),
+        ({"to": "qdrant"}, TypeError, "to is str; give a QdrantSink"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    corpus: Path, tmp_path: Path, model: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(corpus, tmp_path / "out", model, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_cannot_be_named_apart_or_read_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match="would give the same ids"):
+        select_sources([tmp_path / "one", tmp_path / "two"])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        select_sources([tmp_path / "three"])
+    with pytest.raises(TypeError, match="give a list"):
+        select_sources(str(tmp_path))
+    assert [source.name for source in select_sources([tmp_path])] == ["one/a.txt", "two/a.txt"]
+
+
+# --- stores ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_chroma_server_is_filled_through_the_hybrid_collection_and_twice_is_once(
+    corpus: Path, tmp_path: Path, model: str, tiny: GTEEncoder, chroma_server: tuple[str, int]
+) -> None:
+    import chromadb
+
+    write_jsonl(corpus / "b.jsonl", [{"id": "bad", "text": "x", "nested": {"a": 1}}])
+    host, port = chroma_server
+    sink = ChromaSink(f"http://{host}:{port}", "bulk", token="secret-token")
+    for name in ("out", "again"):
+        report = run(corpus, tmp_path / name, model, to=sink)
+        assert (report.written, report.set_aside) == (ROWS, 1)
+        assert "its metadata['nested']" in errors_of(tmp_path / name)[0]["reason"]
+    collection = HybridCollection(chromadb.HttpClient(host=host, port=port), "bulk", encoder=tiny)
+    assert collection.count() == ROWS
+    assert collection.get(["a5"])[0].metadata == {"n": 5}
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"secret-token" not in path.read_bytes()
+    assert "secret-token" not in repr(sink)
+
+
+def store_sink(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if kind == "qdrant":
+        qdrant_client = pytest.importorskip("qdrant_client")
+        client = qdrant_client.QdrantClient(":memory:")
+        monkeypatch.setattr(client, "close", lambda: None)
+        monkeypatch.setattr(QdrantSink, "_client", lambda self: client)
+        return QdrantSink("http://127.0.0.1:6333", "bulk"), client
+    pytest.importorskip("pymilvus")
+    pytest.importorskip("milvus_lite")
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(str(folder / "milvus.db"))
+    monkeypatch.setattr(client, "close", lambda: None)
+    monkeypatch.setattr(MilvusSink, "_client", lambda self: client)
+    return MilvusSink(str(folder / "milvus.db"), "bulk"), client
+
+
+@pytest.mark.usefixtures("inline")
+def test_qdrant_is_filled_and_twice_is_once(
+    corpus: Path, tmp_path: Path, model: str, tiny: GTEEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, client = store_sink("qdrant", tmp_path, monkeypatch)
+    for name in ("out", "again"):
+        assert run(corpus, tmp_path / name, model, to=sink).written == ROWS
+    assert client.count("bulk").count == ROWS
+    (point,) = client.retrieve("bulk", [sinks.point_id("a3")], with_vectors=True)
+    assert point.payload == {"id": "a3", "page_content": TEXTS[3], "metadata": {"n": 3}}
+    expected = tiny.encode_documents([TEXTS[3]])
+    assert expected.dense is not None
+    (point,) = client.retrieve("bulk", [sinks.point_id("a0")], with_vectors=True)
+    expected = tiny.encode_documents([TEXTS[0]])
+    assert expected.sparse is not None
+    assert sorted(point.vector["langchain-sparse"].indices) == expected.sparse[0].indices.tolist()
+    with pytest.raises(CollectionMismatchError, match="vectors of dimension 128"):
+        run(corpus, tmp_path / "other", model, to=sink, dimension=64)
+
+
+@pytest.mark.usefixtures("inline")
+def test_milvus_is_filled_and_twice_is_once(
+    corpus: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(corpus / "b.jsonl", [{"id": "long", "text": "x" * 70000}, {"id": "taken", "text": "x", "dense": 1}])
+    sink, client = store_sink("milvus", tmp_path, monkeypatch)
+    for name in ("out", "again"):
+        report = run(corpus, tmp_path / name, model, to=sink, max_length=64)
+        assert (report.written, report.set_aside) == (ROWS, 2)
+    assert [entry["reason"] for entry in errors_of(tmp_path / "out")] == [
+        "its text has 70000 bytes; Milvus stores 65535",
+        "its metadata have the field 'dense', which the collection uses itself",
+    ]
+    (count,) = client.query("bulk", output_fields=["count(*)"])
+    assert count["count(*)"] == ROWS
+    (row,) = client.query("bulk", ids=["a3"], output_fields=["text", "n"])
+    assert (row["text"], row["n"]) == (TEXTS[3], 3)
+
+
+def test_the_plan_names_no_secret_in_an_address() -> None:
+    sink = QdrantSink("https://user:secret@127.0.0.1:6333", "bulk", api_key="secret")
+    assert "secret" not in json.dumps(sink.describe())
+    assert asdict(Columns()) == {"id": "id", "text": "text", "kept": None}
