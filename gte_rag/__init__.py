@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
     from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError
+    from gte_rag.explanation import Explanation, TokenMatch, explain, explain_hit
     from gte_rag.records import Record
     from gte_rag.reranker import GTEReranker, RerankResult
     from gte_rag.reranking import RerankedHit, RerankingRetriever
-    from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
+    from gte_rag.retriever import Hit, HybridRetriever
     from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "CollectionMismatchError",
     "Encoding",
+    "Explanation",
     "GTEEncoder",
     "GTEReranker",
     "Hit",
@@ -38,6 +40,8 @@ __all__ = [
     "SparseVector",
     "TokenMatch",
     "__version__",
+    "explain",
+    "explain_hit",
 ]
 
 _HOMES = {
@@ -46,7 +50,8 @@ _HOMES = {
     "encoder": ("GTEEncoder",),
     "records": ("Record",),
     "chroma": ("HybridCollection",),
-    "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
+    "retriever": ("Hit", "HybridRetriever"),
+    "explanation": ("Explanation", "TokenMatch", "explain", "explain_hit"),
     "reranker": ("GTEReranker", "RerankResult"),
     "reranking": ("RerankedHit", "RerankingRetriever"),
 }

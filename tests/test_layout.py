@@ -25,6 +25,7 @@ LAYERS = (
     "encoder",
     "reranker",
     "highlighting",
+    "explanation",
     "shared",
     "fusion",
     "tuning",
