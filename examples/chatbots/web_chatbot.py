@@ -204,7 +204,7 @@ def page(bot: Chatbot) -> gr.Blocks:
             with gr.Column(scale=5):
                 gr.ChatInterface(
                     respond,
-                    chatbot=gr.Chatbot(height=430, show_label=False, render_markdown=False, elem_id="chat", buttons=["copy"]),
+                    chatbot=gr.Chatbot(height=400, show_label=False, render_markdown=False, elem_id="chat", buttons=["copy"]),
                     textbox=gr.Textbox(placeholder="Ask a question, in any language", show_label=False, elem_id="question"),
                     additional_outputs=[passages],
                     api_visibility="private",
@@ -215,7 +215,7 @@ def page(bot: Chatbot) -> gr.Blocks:
                     label="Add documents: UTF-8 text or Markdown",
                     file_count="multiple",
                     file_types=[".txt", ".md", ".markdown", ".text", ".rst"],
-                    height=110,
+                    height=150,
                     elem_id="upload",
                 )
                 added = gr.Markdown(elem_id="added")
