@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     explain = _command(commands, "explain", _explain, "show which words make the score of a text for a query")
     explain.add_argument("query", metavar="QUERY", help="a question or search words")
     explain.add_argument("text", metavar="TEXT", help="the text it is compared with, or - for standard input")
-    explain.add_argument("--dense-weight", type=_weight, default=1.0, metavar="X", help="weight of the cosine (default: 1.0)")
+    explain.add_argument(
+        "--dense-weight", type=_weight, default=1.0, metavar="X", help="weight of the cosine (default: 1.0)"
+    )
     explain.add_argument(
         "--sparse-weight", type=_weight, default=0.3, metavar="X", help="weight of the sparse score (default: 0.3)"
     )
@@ -474,7 +476,9 @@ def _explain(arguments: argparse.Namespace) -> int:
                     {**_match_as_json(match), "product": match.weight, "share": explanation.share(match)}
                     for match in explanation.matches
                 ],
-                "unmatched": [{"token": token, "query_weight": weight} for token, weight in explanation.unmatched or ()],
+                "unmatched": [
+                    {"token": token, "query_weight": weight} for token, weight in explanation.unmatched or ()
+                ],
             }
         )
     elif arguments.html:
@@ -491,12 +495,16 @@ def _print_explanation(console: Console, explanation: Explanation) -> None:
 
     from gte_rag.explanation import shown_token
 
-    console.print(Text.assemble((explanation.formula, "bold"), (f"  ({_harmless(explanation.model)})", "dim")), soft_wrap=True)
+    console.print(
+        Text.assemble((explanation.formula, "bold"), (f"  ({_harmless(explanation.model)})", "dim")), soft_wrap=True
+    )
     for name, text, marks in (
         ("Query", explanation.query, explanation.query_marks),
         ("Text", explanation.text, explanation.text_marks),
     ):
-        console.print(Text.assemble("\n", (f"{name}: ", "cyan"), _marked(text, marks)), soft_wrap=not console.is_terminal)
+        console.print(
+            Text.assemble("\n", (f"{name}: ", "cyan"), _marked(text, marks)), soft_wrap=not console.is_terminal
+        )
     console.print()
     if explanation.matches:
         table = Table(box=None, pad_edge=False, header_style="cyan")
@@ -508,14 +516,19 @@ def _print_explanation(console: Console, explanation: Explanation) -> None:
             share = explanation.share(match)
             numbers = (f"{weight:.3f}" for weight in (match.query_weight, match.document_weight, match.weight))
             table.add_row(
-                Text(_harmless(shown_token(match.token))), *numbers, f"{share:.0%}", Text("▇" * round(20 * share), "yellow")
+                Text(_harmless(shown_token(match.token))),
+                *numbers,
+                f"{share:.0%}",
+                Text("▇" * round(20 * share), "yellow"),
             )
         console.print(table)
     else:
         console.print("Query and text share no token.")
     if explanation.unmatched:
         lacking = ", ".join(f"{shown_token(token)} {weight:.3f}" for token, weight in explanation.unmatched)
-        console.print(Text.assemble("\n", ("Only in the query: ", "cyan"), _harmless(lacking)), soft_wrap=not console.is_terminal)
+        console.print(
+            Text.assemble("\n", ("Only in the query: ", "cyan"), _harmless(lacking)), soft_wrap=not console.is_terminal
+        )
 
 
 def _write_whole(path: Path, text: str) -> None:

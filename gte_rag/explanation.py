@@ -130,7 +130,7 @@ class Explanation:
             for match in self.matches
         )
         table = (
-            "<table>\n<caption>Shared tokens: product = query weight × text weight; all products make the sparse score</caption>\n"
+            "<table>\n<caption>Shared tokens: query weight × text weight = product; together the sparse score</caption>\n"
             "<tr><th>token<th>query<th>text<th>product<th colspan=2>share of sparse</tr>\n" + rows + "</table>"
             if rows
             else "<p>Query and text share no token.</p>"
@@ -176,11 +176,12 @@ def explain(
     assert queries.sparse is not None and documents.sparse is not None  # noqa: PT018
     asked, held = queries.sparse[0], documents.sparse[0]
     matches = token_matches(encoder, asked, held)
-    dense_score, sparse_score = float(queries.dense[0] @ documents.dense[0]), math.fsum(match.weight for match in matches)
-    lacking = ~np.isin(asked.indices, held.indices)
-    unmatched = zip(
-        encoder.token_strings(asked.indices[lacking].tolist()), asked.values[lacking].tolist(), strict=True
+    dense_score, sparse_score = (
+        float(queries.dense[0] @ documents.dense[0]),
+        math.fsum(match.weight for match in matches),
     )
+    lacking = ~np.isin(asked.indices, held.indices)
+    unmatched = zip(encoder.token_strings(asked.indices[lacking].tolist()), asked.values[lacking].tolist(), strict=True)
     return Explanation(
         query=query,
         text=text,
@@ -254,9 +255,7 @@ def shown_token(token: str) -> str:
     return token if token.strip() else "␣"
 
 
-def _marks(
-    encoder: GTEEncoder, text: str, matches: Sequence[TokenMatch], sparse_score: float
-) -> tuple[Mark, ...]:
+def _marks(encoder: GTEEncoder, text: str, matches: Sequence[TokenMatch], sparse_score: float) -> tuple[Mark, ...]:
     shares: dict[str, float] = {}
     for match in matches:
         if match.weight >= _MARKED_SHARE * sparse_score > 0:
@@ -276,7 +275,8 @@ _PAGE = """<!doctype html>
 <html lang=en>
 <head>
 <meta charset=utf-8>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>

@@ -1,4 +1,4 @@
-"""The chatbots of examples/chatbots: offline quotations, follow-ups, chat models behind OpenAI's API, and the page in a browser."""
+"""The chatbots of examples/chatbots: quotations, follow-ups, models behind OpenAI's API, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,11 @@ from gte_rag import GTEEncoder
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "chatbots"
 TERMINAL = ("langchain_chatbot", "langgraph_chatbot", "llama_index_chatbot")
-FIRST, FOLLOW_UP, OTHER = "How often does a sourdough starter need feeding?", "And in the fridge?", "Was bedeutet ECONNREFUSED?"
+FIRST, FOLLOW_UP, OTHER = (
+    "How often does a sourdough starter need feeding?",
+    "And in the fridge?",
+    "Was bedeutet ECONNREFUSED?",
+)
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 CHROMIUM_OPTIONS = (
     "--no-sandbox",
@@ -169,6 +174,19 @@ def test_web_chatbot_streams_a_models_answer_from_passages(
     assert text == "Once a week [1]."
     assert "Searched: How often is a sourdough starter fed in the fridge?" in panel
     assert "Sourdough starter is fed." in json.dumps(requests[-1]["messages"])
+
+
+def test_web_chatbot_says_that_the_model_cannot_be_reached(encoder: GTEEncoder) -> None:
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    web = importlib.import_module("web_chatbot")
+    conversation = importlib.import_module("conversation")
+    with socket.socket() as probe:  # nothing will listen on its port
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+        model = web.ChatModel(conversation.Endpoint.named("any", address))
+        bot = web.Chatbot(encoder, [conversation.Passage("d", "Sourdough starter is fed.", "demo")], model)
+        with pytest.raises(gradio.Error, match="chat model gave no answer"):
+            list(bot.answer(FIRST, [], "one"))
 
 
 def test_page_in_a_browser_answers_shows_scores_and_takes_documents(encoder: GTEEncoder, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_marked_html_escapes_inside_and_outside_marks() -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_impossible_weight_is_refused(encoder: GTEEncoder, weight: float) -> None:
-    with pytest.raises(ValueError, match="sparse_weight is .*finite and not negative"):
+    with pytest.raises(ValueError, match=r"sparse_weight is .*finite and not negative"):
         explain(encoder, "a", "b", sparse_weight=weight)
 
 

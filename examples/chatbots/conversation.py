@@ -124,8 +124,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--model", metavar="NAME", help="chat model: ollama:NAME, openai:NAME, or NAME with --base-url; default: quote"
     )
-    options.add_argument("--base-url", metavar="URL", help="a server with OpenAI's API, for example http://127.0.0.1:8000/v1")
-    options.add_argument("--embedding-model", default="gte-mini", metavar="NAME", help="the GTE checkpoint for retrieval")
+    options.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="a server with OpenAI's API, for example http://127.0.0.1:8000/v1; it gets OPENAI_API_KEY if that is set",
+    )
+    options.add_argument(
+        "--embedding-model", default="gte-mini", metavar="NAME", help="the GTE checkpoint for retrieval"
+    )
     return options
 
 

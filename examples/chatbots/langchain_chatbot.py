@@ -12,10 +12,19 @@ questions; without one the collection itself tells them apart.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
 import chromadb
+from chromadb.config import Settings
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+
 from conversation import (
     CITE,
     CONDENSE,
@@ -31,13 +40,6 @@ from conversation import (
     standalone,
     talk,
 )
-from langchain_core.documents import Document
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
-
 from gte_rag import GTEEncoder, HybridCollection
 from langchain_gte import GTEHybridRetriever
 
@@ -65,7 +67,7 @@ def chat_model(name: str, base_url: str | None) -> BaseChatModel:
 def index(passages: list[Passage], encoder: GTEEncoder) -> GTEHybridRetriever:
     """Return a hybrid retriever over passages, in memory."""
     documents = [Document(each.text, id=each.id, metadata={"source": each.source}) for each in passages]
-    client = chromadb.EphemeralClient(chromadb.Settings(anonymized_telemetry=False))
+    client = chromadb.EphemeralClient(Settings(anonymized_telemetry=False))
     collection = HybridCollection(client, f"chatbot-{uuid4().hex}", encoder=encoder)
     return GTEHybridRetriever.from_documents(documents, collection=collection, k=3)
 
@@ -76,9 +78,7 @@ def chatbot(retriever: GTEHybridRetriever, model: BaseChatModel | None) -> Runna
     if model is None:
 
         def condense(step: Step) -> str:
-            return standalone(
-                [*asked(step["history"]), step["question"]], lambda query: scores(retriever, query)
-            )
+            return standalone([*asked(step["history"]), step["question"]], lambda query: scores(retriever, query))
 
         def answer(step: Step) -> str:
             texts = [passage.page_content for passage in step["passages"]]
@@ -101,7 +101,7 @@ def chatbot(retriever: GTEHybridRetriever, model: BaseChatModel | None) -> Runna
     return RunnablePassthrough.assign(query=query).assign(passages=found).assign(answer=reply)
 
 
-def asked(history: list[BaseMessage]) -> list[str]:
+def asked(history: Sequence[BaseMessage]) -> list[str]:
     """Return the questions in a conversation, the oldest first."""
     return [message.text for message in history if isinstance(message, HumanMessage)]
 

@@ -12,6 +12,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, MessagesState, StateGraph
+
 from conversation import (
     CITE,
     CONDENSE,
@@ -25,14 +31,8 @@ from conversation import (
     standalone,
     talk,
 )
-from langchain_chatbot import asked, chat_model, index, scores, source
-from langchain_core.documents import Document
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, MessagesState, StateGraph
-
 from gte_rag import GTEEncoder
+from langchain_chatbot import asked, chat_model, index, scores, source
 from langchain_gte import GTEHybridRetriever
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ def main() -> None:
     graph = chatbot(index(passages_of(options.docs, encoder), encoder), model)
 
     def ask(question: str) -> Reply:
-        state = graph.invoke(
-            {"messages": [HumanMessage(question)]},  # type: ignore[arg-type]  # a checkpointer has the rest
-            {"configurable": {"thread_id": "terminal"}},
-        )
+        given: Any = {"messages": [HumanMessage(question)]}  # the checkpointer has the rest of the state
+        state = graph.invoke(given, {"configurable": {"thread_id": "terminal"}})
         return Reply(state["messages"][-1].text, state["query"], [source(passage) for passage in state["passages"]])
 
     talk(ask)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from uuid import uuid4
 
 import chromadb
-from conversation import INSTRUCTION, Endpoint, Passage, Reply, parser, passages_of, quote, standalone, talk
+from chromadb.config import Settings
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import CondensePlusContextChatEngine
 from llama_index.core.llms import LLM
 from llama_index.core.memory import Memory
 from llama_index.core.schema import NodeWithScore, TextNode
 
+from conversation import INSTRUCTION, Endpoint, Passage, Reply, parser, passages_of, quote, standalone, talk
 from gte_rag import GTEEncoder, HybridCollection
 from llama_index.retrievers.gte import GTEHybridRetriever
 
@@ -37,18 +38,19 @@ def chat_model(name: str, base_url: str | None) -> LLM:
     except ImportError:
         sys.exit("--model needs more packages: pip install 'gte-rag[examples]'")
     endpoint = Endpoint.named(name, base_url)
-    return OpenAILike(
+    model: LLM = OpenAILike(
         model=endpoint.model,
         api_base=endpoint.base_url or "https://api.openai.com/v1",
         api_key=endpoint.api_key,
         is_chat_model=True,
         context_window=8192,
     )
+    return model
 
 
 def index(passages: list[Passage], encoder: GTEEncoder) -> GTEHybridRetriever:
     """Return a hybrid retriever over passages, in memory."""
-    client = chromadb.EphemeralClient(chromadb.Settings(anonymized_telemetry=False))
+    client = chromadb.EphemeralClient(Settings(anonymized_telemetry=False))
     collection = HybridCollection(client, f"chatbot-{uuid4().hex}", encoder=encoder)
     retriever = GTEHybridRetriever(collection, similarity_top_k=3)
     retriever.add_nodes([TextNode(id_=each.id, text=each.text, metadata={"source": each.source}) for each in passages])

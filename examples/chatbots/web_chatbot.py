@@ -24,6 +24,8 @@ from uuid import uuid4
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import chromadb
+from chromadb.config import Settings
+
 from conversation import (
     CITE,
     CONDENSE,
@@ -39,7 +41,6 @@ from conversation import (
     read_passages,
     standalone,
 )
-
 from gte_rag import GTEEncoder, Hit, HybridCollection, HybridRetriever
 from gte_rag.explanation import explain_hit, marked_html
 
@@ -77,19 +78,19 @@ class ChatModel:
         """Return a follow-up question as one that can be understood alone."""
         if not history:
             return question
-        messages = [{"role": "system", "content": CONDENSE}, *history, {"role": "user", "content": question}]
-        reply = self._client.chat.completions.create(model=self._model, messages=messages)  # type: ignore[arg-type]
+        messages: Any = [{"role": "system", "content": CONDENSE}, *history, {"role": "user", "content": question}]
+        reply = self._client.chat.completions.create(model=self._model, messages=messages)
         return (reply.choices[0].message.content or "").strip() or question
 
     def answer(self, history: Sequence[dict[str, str]], question: str, texts: Sequence[str]) -> Iterator[str]:
         """Yield the answer as far as it has come."""
-        messages = [
+        messages: Any = [
             {"role": "system", "content": f"{INSTRUCTION} {CITE}"},
             *history,
             {"role": "user", "content": f"Passages:\n{numbered(texts)}\n\nQuestion: {question}"},
         ]
         text = ""
-        stream: Any = self._client.chat.completions.create(model=self._model, messages=messages, stream=True)  # type: ignore[call-overload]
+        stream: Any = self._client.chat.completions.create(model=self._model, messages=messages, stream=True)
         for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
                 text += chunk.choices[0].delta.content
@@ -103,7 +104,7 @@ class Chatbot:
         """Index the passages that everyone may find."""
         self.encoder = encoder
         self.model = model
-        client = chromadb.EphemeralClient(chromadb.Settings(anonymized_telemetry=False))
+        client = chromadb.EphemeralClient(Settings(anonymized_telemetry=False))
         self._collection = HybridCollection(client, f"chatbot-{uuid4().hex}", encoder=encoder)
         self._retriever = HybridRetriever(self._collection, k=4)
         self._put(passages, EVERYONE)
@@ -194,18 +195,28 @@ def page(bot: Chatbot) -> gr.Blocks:
     def forget(request: gr.Request) -> None:
         bot.forget(str(request.session_hash))
 
-    with gr.Blocks(title="gte-rag chatbot", fill_height=True, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
+    with gr.Blocks(
+        title="gte-rag chatbot", fill_height=True, analytics_enabled=False, delete_cache=(600, 600)
+    ) as blocks:
         gr.Markdown(
             "### Ask your documents\n"
-            + ("Answers are quoted; no chat model is set." if bot.model is None else "Answers are written by a chat model.")
+            + (
+                "Answers are quoted; no chat model is set."
+                if bot.model is None
+                else "Answers are written by a chat model."
+            )
         )
         passages = gr.HTML("<div class='searched'>Ask a question to see what it is answered from.</div>", render=False)
         with gr.Row():
             with gr.Column(scale=5):
                 gr.ChatInterface(
                     respond,
-                    chatbot=gr.Chatbot(height=400, show_label=False, render_markdown=False, elem_id="chat", buttons=["copy"]),
-                    textbox=gr.Textbox(placeholder="Ask a question, in any language", show_label=False, elem_id="question"),
+                    chatbot=gr.Chatbot(
+                        height=400, show_label=False, render_markdown=False, elem_id="chat", buttons=["copy"]
+                    ),
+                    textbox=gr.Textbox(
+                        placeholder="Ask a question, in any language", show_label=False, elem_id="question"
+                    ),
                     additional_outputs=[passages],
                     api_visibility="private",
                     analytics_enabled=False,
@@ -221,28 +232,33 @@ def page(bot: Chatbot) -> gr.Blocks:
                 added = gr.Markdown(elem_id="added")
             with gr.Column(scale=5):
                 gr.Markdown("#### Passages")
-                passages.render()
+                passages.render()  # type: ignore[no-untyped-call]
         upload.upload(add, upload, added, api_visibility="private")
         blocks.unload(forget)
-    return blocks
+    built: gr.Blocks = blocks
+    return built
 
 
 def launch(bot: Chatbot, *, port: int | None = None) -> str:
     """Serve the page on 127.0.0.1 from a thread and return its address."""
     fonts = ["system-ui", "sans-serif"]  # of the reader's machine: no web fonts
-    _, url, _ = page(bot).queue().launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        enable_monitoring=False,
-        ssr_mode=False,
-        prevent_thread_lock=True,
-        footer_links=[],
-        max_file_size="20mb",
-        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="amber"),
-        css=CSS,
+    _, url, _ = (
+        page(bot)
+        .queue()
+        .launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            enable_monitoring=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            footer_links=[],
+            max_file_size="20mb",
+            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="amber"),
+            css=CSS,
+        )
     )
     return str(url)
 
