@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gte_rag import GTEEncoder
 from gte_rag.demo import read_documents
@@ -39,6 +40,8 @@ _REMEMBERED_QUESTIONS = 3  # that a follow-up may build on
 _ANSWERS = 0.6  # a passage answers a question if its score is at least this part of the best one's
 _SENTENCE = re.compile(r"\S.*?(?:[.!?…](?=\s)|[。！？।؟]|$)")
 _QUOTED_SENTENCES = 2
+
+Model = TypeVar("Model")  # a chat model of some framework
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,27 @@ def quote(encoder: GTEEncoder, query: str, texts: Sequence[str]) -> str:
 def numbered(texts: Iterable[str]) -> str:
     """Return passages below each other, with the numbers by which they are cited."""
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1))
+
+
+def run(
+    description: str,
+    chat_model: Callable[[str, str | None], Model],
+    chatbot: Callable[[list[Passage], GTEEncoder, Model | None], Callable[[str], Reply]],
+) -> None:
+    """Read the options, make the chatbot, and talk.
+
+    Args:
+        description: Of the program, for ``--help``.
+        chat_model: Returns a chat model by name and base URL.
+        chatbot: Returns what answers a question from passages, with or without a model.
+    """
+    options = parser(description).parse_args()
+    try:
+        model = chat_model(options.model, options.base_url) if options.model else None
+    except ValueError as error:
+        sys.exit(str(error))
+    encoder = GTEEncoder.from_pretrained(options.embedding_model)
+    talk(chatbot(passages_of(options.docs, encoder), encoder, model))
 
 
 def talk(ask: Callable[[str], Reply]) -> None:

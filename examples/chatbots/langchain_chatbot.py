@@ -12,7 +12,7 @@ questions; without one the collection itself tells them apart.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -34,11 +34,9 @@ from conversation import (
     Passage,
     Reply,
     numbered,
-    parser,
-    passages_of,
     quote,
+    run,
     standalone,
-    talk,
 )
 from gte_rag import GTEEncoder, HybridCollection
 from langchain_gte import GTEHybridRetriever
@@ -117,16 +115,9 @@ def source(passage: Document) -> str:
     return f"{passage.metadata['source']}  {score:.3f} (dense {dense:.3f}, sparse {sparse:.3f})"
 
 
-def main() -> None:
-    """Index the passages and answer questions."""
-    options = parser("A chatbot over your documents, with LangChain.").parse_args()
-    try:
-        model = chat_model(options.model, options.base_url) if options.model else None
-    except ValueError as error:
-        sys.exit(str(error))
-    encoder = GTEEncoder.from_pretrained(options.embedding_model)
-    bot = chatbot(index(passages_of(options.docs, encoder), encoder), model)
-
+def answering(passages: list[Passage], encoder: GTEEncoder, model: BaseChatModel | None) -> Callable[[str], Reply]:
+    """Return what answers a question and remembers it."""
+    bot = chatbot(index(passages, encoder), model)
     history: list[BaseMessage] = []
 
     def ask(question: str) -> Reply:
@@ -134,8 +125,8 @@ def main() -> None:
         history.extend([HumanMessage(question), AIMessage(step["answer"])])
         return Reply(step["answer"], step["query"], [source(passage) for passage in step["passages"]])
 
-    talk(ask)
+    return ask
 
 
 if __name__ == "__main__":
-    main()
+    run("A chatbot over your documents, with LangChain.", chat_model, answering)

@@ -9,7 +9,7 @@ langgraph-checkpoint-sqlite and -postgres) a conversation goes on after a restar
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
@@ -23,13 +23,12 @@ from conversation import (
     CONDENSE,
     INSTRUCTION,
     REMEMBERED_MESSAGES,
+    Passage,
     Reply,
     numbered,
-    parser,
-    passages_of,
     quote,
+    run,
     standalone,
-    talk,
 )
 from gte_rag import GTEEncoder
 from langchain_chatbot import asked, chat_model, index, scores, source
@@ -78,23 +77,17 @@ def chatbot(retriever: GTEHybridRetriever, model: BaseChatModel | None) -> Compi
     return graph.compile(checkpointer=InMemorySaver())
 
 
-def main() -> None:
-    """Index the passages and answer questions."""
-    options = parser("A chatbot over your documents, with LangGraph.").parse_args()
-    try:
-        model = chat_model(options.model, options.base_url) if options.model else None
-    except ValueError as error:
-        sys.exit(str(error))
-    encoder = GTEEncoder.from_pretrained(options.embedding_model)
-    graph = chatbot(index(passages_of(options.docs, encoder), encoder), model)
+def answering(passages: list[Passage], encoder: GTEEncoder, model: BaseChatModel | None) -> Callable[[str], Reply]:
+    """Return what answers a question; the checkpointer remembers it."""
+    graph = chatbot(index(passages, encoder), model)
 
     def ask(question: str) -> Reply:
         given: Any = {"messages": [HumanMessage(question)]}  # the checkpointer has the rest of the state
         state = graph.invoke(given, {"configurable": {"thread_id": "terminal"}})
         return Reply(state["messages"][-1].text, state["query"], [source(passage) for passage in state["passages"]])
 
-    talk(ask)
+    return ask
 
 
 if __name__ == "__main__":
-    main()
+    run("A chatbot over your documents, with LangGraph.", chat_model, answering)

@@ -22,7 +22,7 @@ from llama_index.core.llms import LLM
 from llama_index.core.memory import Memory
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from conversation import INSTRUCTION, Endpoint, Passage, Reply, parser, passages_of, quote, standalone, talk
+from conversation import INSTRUCTION, Endpoint, Passage, Reply, quote, run, standalone
 from gte_rag import GTEEncoder, HybridCollection
 from llama_index.retrievers.gte import GTEHybridRetriever
 
@@ -57,8 +57,9 @@ def index(passages: list[Passage], encoder: GTEEncoder) -> GTEHybridRetriever:
     return retriever
 
 
-def chatbot(retriever: GTEHybridRetriever, llm: LLM | None) -> Callable[[str], Reply]:
+def chatbot(passages: list[Passage], encoder: GTEEncoder, llm: LLM | None) -> Callable[[str], Reply]:
     """Return what answers a question and remembers it."""
+    retriever = index(passages, encoder)
     memory = Memory.from_defaults(session_id=uuid4().hex, token_limit=4000)
     if llm is not None:
         engine = CondensePlusContextChatEngine.from_defaults(
@@ -82,7 +83,7 @@ def chatbot(retriever: GTEHybridRetriever, llm: LLM | None) -> Callable[[str], R
         asked = [str(message.content) for message in memory.get_all() if message.role == MessageRole.USER]
         query = standalone(asked, scores)
         nodes = retriever.retrieve(query)
-        text = quote(retriever.collection.encoder, query, [node.text for node in nodes])
+        text = quote(encoder, query, [node.text for node in nodes])
         memory.put(ChatMessage(text, role=MessageRole.ASSISTANT))
         return Reply(text, query, [source(node) for node in nodes])
 
@@ -94,16 +95,5 @@ def source(node: NodeWithScore) -> str:
     return f"{node.metadata['source']}  {node.get_score():.3f}"
 
 
-def main() -> None:
-    """Index the passages and answer questions."""
-    options = parser("A chatbot over your documents, with LlamaIndex.").parse_args()
-    try:
-        llm = chat_model(options.model, options.base_url) if options.model else None
-    except ValueError as error:
-        sys.exit(str(error))
-    encoder = GTEEncoder.from_pretrained(options.embedding_model)
-    talk(chatbot(index(passages_of(options.docs, encoder), encoder), llm))
-
-
 if __name__ == "__main__":
-    main()
+    run("A chatbot over your documents, with LlamaIndex.", chat_model, chatbot)
