@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
     from gte_rag.errors import BulkError, CheckpointError, CollectionMismatchError, MissingExtraError, RemoteError
+    from gte_rag.explanation import Explanation, TokenMatch, explain, explain_hit
     from gte_rag.interface import RerankResult
     from gte_rag.records import Record
     from gte_rag.remote import DashScopeEncoder, DashScopeReranker, OpenAIEncoder
     from gte_rag.reranker import GTEReranker
     from gte_rag.reranking import RerankedHit, RerankingRetriever
-    from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
+    from gte_rag.retriever import Hit, HybridRetriever
     from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "DashScopeEncoder",
     "DashScopeReranker",
     "Encoding",
+    "Explanation",
     "GTEEncoder",
     "GTEReranker",
     "Hit",
@@ -45,6 +47,8 @@ __all__ = [
     "SparseVector",
     "TokenMatch",
     "__version__",
+    "explain",
+    "explain_hit",
 ]
 
 _HOMES = {
@@ -55,7 +59,8 @@ _HOMES = {
     "encoder": ("GTEEncoder",),
     "records": ("Record",),
     "chroma": ("HybridCollection",),
-    "retriever": ("Hit", "HybridRetriever", "TokenMatch"),
+    "retriever": ("Hit", "HybridRetriever"),
+    "explanation": ("Explanation", "TokenMatch", "explain", "explain_hit"),
     "reranker": ("GTEReranker",),
     "reranking": ("RerankedHit", "RerankingRetriever"),
 }

@@ -35,14 +35,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from gte_rag.encoder import GTEEncoder
+    from gte_rag.explanation import Explanation, Mark, TokenMatch
     from gte_rag.indexing import IndexReport, Progress
     from gte_rag.retriever import Hit
 
 _DEFAULT_MODEL = "gte-mini"
 # Lines of standard input that `encode` reads, encodes and prints together.
 _ENCODE_GROUP = 64
-# A token that adds less than this share of the sparse score is not highlighted: articles, commas, single letters.
-_HIGHLIGHTED_SHARE = 0.03
 # Control characters of a text, a name or a database must not reach the terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 # Characters that JSON allows in strings, and that terminals obey or that readers of lines take for the end of one.
@@ -152,6 +151,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--full", action="store_true", help="print whole passages, not excerpts of them")
     search.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    explain = _command(commands, "explain", _explain, "show which words make the score of a text for a query")
+    explain.add_argument("query", metavar="QUERY", help="a question or search words")
+    explain.add_argument("text", metavar="TEXT", help="the text it is compared with, or - for standard input")
+    explain.add_argument(
+        "--dense-weight", type=_weight, default=1.0, metavar="X", help="weight of the cosine (default: 1.0)"
+    )
+    explain.add_argument(
+        "--sparse-weight", type=_weight, default=0.3, metavar="X", help="weight of the sparse score (default: 0.3)"
+    )
+    explain.add_argument("--dimension", type=_count, metavar="N", help="length of the dense vectors")
+    output = explain.add_mutually_exclusive_group()
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page for the browser instead")
+    output.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    _add_model_options(explain, "gte-mini")
 
     encode = _command(commands, "encode", _encode, "print vectors of texts as JSON lines")
     encode.add_argument("texts", nargs="*", metavar="TEXT", help="a text, or - for one text a line of standard input")
@@ -399,11 +413,12 @@ def _hit_as_json(rank: int, hit: Hit) -> dict[str, Any]:
         "sparse_score": hit.sparse_score,
         "metadata": hit.metadata,
         "text": hit.text,
-        "matches": [
-            {"token": match.token, "query_weight": match.query_weight, "document_weight": match.document_weight}
-            for match in hit.matches
-        ],
+        "matches": [_match_as_json(match) for match in hit.matches],
     }
+
+
+def _match_as_json(match: TokenMatch) -> dict[str, Any]:
+    return {"token": match.token, "query_weight": match.query_weight, "document_weight": match.document_weight}
 
 
 def _origin(hit: Hit) -> str:
@@ -441,17 +456,122 @@ def _print_hit(console: Console, encoder: GTEEncoder, rank: int, hit: Hit, origi
 def _passage(encoder: GTEEncoder, hit: Hit, *, full: bool) -> Text:
     from rich.text import Text
 
-    from gte_rag.highlighting import excerpt, matching_spans
+    from gte_rag.explanation import explain_hit
+    from gte_rag.highlighting import excerpt
 
-    least = _HIGHLIGHTED_SHARE * hit.sparse_score
-    spans = matching_spans(encoder, hit.text, {match.token for match in hit.matches if match.weight >= least})
-    start, end = (0, len(hit.text)) if full else excerpt(hit.text, spans)
-    text = Text(_harmless(hit.text))  # the same length: spans keep their places
-    for first, last in spans:
-        text.stylize("bold yellow", first, last)
-    text = text[start:end]
+    marks = explain_hit(encoder, "", hit).text_marks
+    start, end = (0, len(hit.text)) if full else excerpt(hit.text, [(mark.start, mark.end) for mark in marks])
+    text = _marked(hit.text, marks)[start:end]
     text.rstrip()
     return Text.assemble("… " if start else "", text, " …" if end < len(hit.text) else "")
+
+
+def _marked(text: str, marks: Iterable[Mark]) -> Text:
+    from rich.text import Text
+
+    marked = Text(_harmless(text))  # the same length: marks keep their places
+    for mark in marks:
+        marked.stylize("bold yellow", mark.start, mark.end)
+    return marked
+
+
+# --- explain -----------------------------------------------------------------------------------------------------------
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    _require("rich")
+    from gte_rag.explanation import explain
+
+    encoder = _load_encoder(arguments.model, arguments.device, arguments.dimension)
+    if not encoder.has_sparse:
+        raise _CommandError(f"{encoder.name} gives no sparse vectors, so no token matches; choose another --model", 1)
+    text = arguments.text if arguments.text != "-" else "\n".join(_lines_of_stdin())
+    with _as_usage_error():
+        explanation = explain(
+            encoder,
+            arguments.query,
+            text,
+            dense_weight=arguments.dense_weight,
+            sparse_weight=arguments.sparse_weight,
+        )
+    if arguments.json:
+        _print_json(
+            {
+                "query": explanation.query,
+                "text": explanation.text,
+                "model": explanation.model,
+                "score": explanation.score,
+                "dense_score": explanation.dense_score,
+                "sparse_score": explanation.sparse_score,
+                "dense_weight": explanation.dense_weight,
+                "sparse_weight": explanation.sparse_weight,
+                "matches": [
+                    {**_match_as_json(match), "product": match.weight, "share": explanation.share(match)}
+                    for match in explanation.matches
+                ],
+                "unmatched": [
+                    {"token": token, "query_weight": weight} for token, weight in explanation.unmatched or ()
+                ],
+            }
+        )
+    elif arguments.html:
+        _write_whole(arguments.html, explanation.to_html())
+        _print(f"wrote {arguments.html}: {explanation.formula}")
+    else:
+        _print_explanation(_console(sys.stdout), explanation)
+    return 0
+
+
+def _print_explanation(console: Console, explanation: Explanation) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from gte_rag.explanation import shown_token
+
+    console.print(
+        Text.assemble((explanation.formula, "bold"), (f"  ({_harmless(explanation.model)})", "dim")), soft_wrap=True
+    )
+    for name, text, marks in (
+        ("Query", explanation.query, explanation.query_marks),
+        ("Text", explanation.text, explanation.text_marks),
+    ):
+        console.print(
+            Text.assemble("\n", (f"{name}: ", "cyan"), _marked(text, marks)), soft_wrap=not console.is_terminal
+        )
+    console.print()
+    if explanation.matches:
+        table = Table(box=None, pad_edge=False, header_style="cyan")
+        table.add_column("token", overflow="fold")
+        for heading in ("query", "text", "product", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("")
+        for match in explanation.matches:
+            share = explanation.share(match)
+            numbers = (f"{weight:.3f}" for weight in (match.query_weight, match.document_weight, match.weight))
+            table.add_row(
+                Text(_harmless(shown_token(match.token))),
+                *numbers,
+                f"{share:.0%}",
+                Text("▇" * round(20 * share), "yellow"),
+            )
+        console.print(table)
+    else:
+        console.print("Query and text share no token.")
+    if explanation.unmatched:
+        lacking = ", ".join(f"{shown_token(token)} {weight:.3f}" for token, weight in explanation.unmatched)
+        console.print(
+            Text.assemble("\n", ("Only in the query: ", "cyan"), _harmless(lacking)), soft_wrap=not console.is_terminal
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --- encode, info, demo ------------------------------------------------------------------------------------------------

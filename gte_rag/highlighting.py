@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gte_rag.encoder import GTEEncoder
 
@@ -20,11 +20,18 @@ def matching_spans(encoder: GTEEncoder, text: str, tokens: Collection[str]) -> l
     A word that is matched by half or more is marked whole. Of other words only a beginning of three letters or more is
     marked: a syllable in the middle says nothing to the eye.
     """
+    return [(start, end) for start, end, _ in weighted_spans(encoder, text, dict.fromkeys(tokens, 0.0))]
+
+
+def weighted_spans(encoder: GTEEncoder, text: str, tokens: Mapping[str, float]) -> list[tuple[int, int, float]]:
+    """Return the spans of `matching_spans`, each with the largest weight among the tokens found in it."""
     encoding = encoder.tokenizer.encode(text)
     marked = [False] * len(text)
+    weights = [0.0] * len(text)
     for string, (start, end) in zip(encoder.token_strings(encoding.ids), encoding.offsets, strict=True):
         if string in tokens and any(character.isalnum() for character in string):
             marked[start:end] = [not character.isspace() for character in text[start:end]]
+            weights[start:end] = [tokens[string]] * (end - start)
     for word in re.finditer(r"\w+", text):
         start, end = word.span()
         if not any(marked[start:end]) or _is_written_without_spaces(word[0]):
@@ -37,10 +44,10 @@ def matching_spans(encoder: GTEEncoder, text: str, tokens: Collection[str]) -> l
             marked[start:end] = [True] * beginning + [False] * (end - start - beginning)
     spans, place = [], 0
     for is_marked, run in itertools.groupby(marked):
-        length = len(list(run))
+        end = place + len(list(run))
         if is_marked:
-            spans.append((place, place + length))
-        place += length
+            spans.append((place, end, max(weights[place:end])))
+        place = end
     return spans
 
 

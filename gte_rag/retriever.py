@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gte_rag.chroma import Candidates, HybridCollection
+from gte_rag.explanation import TokenMatch, token_matches
 from gte_rag.fusion import FUSIONS, Calibration, fusion_named, measure
 from gte_rag.records import MetadataValue
 from gte_rag.tokenization import check_texts
@@ -19,26 +20,6 @@ from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector
 
 _CARD_SPARSE_WEIGHT = 0.3
 MODES = ("rescore", "union", "dense", "sparse")
-
-
-@dataclass(frozen=True)
-class TokenMatch:
-    """A token that query and document share.
-
-    Attributes:
-        token: The token as text.
-        query_weight: Its weight in the query.
-        document_weight: Its weight in the document.
-    """
-
-    token: str
-    query_weight: float
-    document_weight: float
-
-    @property
-    def weight(self) -> float:
-        """What the token adds to the sparse score."""
-        return self.query_weight * self.document_weight
 
 
 @dataclass(frozen=True)
@@ -299,7 +280,7 @@ class HybridRetriever:
                 score=float(scores[index]),
                 dense_score=float(dense_scores[index]),
                 sparse_score=float(sparse_scores[index]),
-                matches=self._matches(query, candidates.sparse[index]),
+                matches=token_matches(self.collection.encoder, query, candidates.sparse[index]),
             )
             for index in best
             if self.mode != "sparse" or sparse_scores[index] > 0
@@ -323,12 +304,6 @@ class HybridRetriever:
         if self._calibration is None:
             self._calibration = self.collection.calibration
         return self._calibration
-
-    def _matches(self, query: SparseVector, document: SparseVector) -> tuple[TokenMatch, ...]:
-        shared, mine, theirs = np.intersect1d(query.indices, document.indices, assume_unique=True, return_indices=True)
-        tokens = self.collection.encoder.token_strings(shared.tolist())
-        matches = map(TokenMatch, tokens, query.values[mine].tolist(), document.values[theirs].tolist())
-        return tuple(sorted(matches, key=lambda match: -match.weight))
 
 
 def _scores(query: SparseVector, candidates: Candidates) -> tuple[FloatArray, FloatArray]:

@@ -30,6 +30,7 @@ LAYERS = (
     "encoder",
     "reranker",
     "highlighting",
+    "explanation",
     "shared",
     "fusion",
     "tuning",

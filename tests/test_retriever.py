@@ -22,7 +22,8 @@ from chromadb.config import Settings
 
 from gte_rag import GTEEncoder
 from gte_rag.chroma import HybridCollection
-from gte_rag.retriever import Hit, HybridRetriever, TokenMatch
+from gte_rag.explanation import TokenMatch
+from gte_rag.retriever import Hit, HybridRetriever
 from gte_rag.vectors import Encoding
 from stub_encoder import WORD_WEIGHT, StubEncoder, open_collection
 
