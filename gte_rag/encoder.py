@@ -23,8 +23,9 @@ from tqdm import tqdm
 from gte_rag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
+from gte_rag.fused import build
 from gte_rag.heads import dense_vectors, sparse_rows, token_weights
-from gte_rag.precision import build, resolve
+from gte_rag.precision import resolve
 from gte_rag.tokenization import Batch, check_pairs, check_texts, pack, tokenize
 from gte_rag.vectors import Encoding, SparseMatrix, SparseVector
 
