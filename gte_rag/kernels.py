@@ -229,7 +229,7 @@ def turn(
     """
     width = product.shape[1] // parts
     depth = width // heads
-    row = np.empty(width, np.float32)
+    row, turned = np.empty(width, np.float32), np.empty(depth, np.float32)
     for t in range(product.shape[0]):
         scale = size[t] if size.shape[0] else np.float32(1)
         start, length = starts[first + t], lengths[first + t]
@@ -250,9 +250,10 @@ def turn(
                 if part + 3 - parts < 2:
                     for i in range(depth // 2):
                         a, b = of[2 * i], of[2 * i + 1]
-                        c, s = angles[i, 0], angles[i, 1]
-                        _put(place, 2 * i, a * c - b * s)
-                        _put(place, 2 * i + 1, a * s + b * c)
+                        turned[2 * i] = a * angles[i, 0] - b * angles[i, 1]
+                        turned[2 * i + 1] = a * angles[i, 1] + b * angles[i, 0]
+                    for i in range(depth):
+                        _put(place, i, turned[i])
                 else:
                     for i in range(depth):
                         _put(place, i, of[i])
