@@ -391,7 +391,11 @@ def main() -> None:
             if turn and name in ONE_ROUND:
                 continue
             # Other packages are measured both ways; this one as it comes.
-            ways = (False,) if name.startswith("gte-rag") or name in ONE_ROUND or options.quick or options.one_way else (False, True)
+            ways = (
+                (False,)
+                if name.startswith("gte-rag") or name in ONE_ROUND or options.quick or options.one_way
+                else (False, True)
+            )
             for keep in ways:
                 result = _run(["--job", name, *common], keep)
                 if result is not None:
@@ -509,7 +513,12 @@ def _table(report: dict[str, Any]) -> str:
         speeds = [speed for limit, speed in report["ceilings"].items() if kind and limit.startswith(kind)]
         speed = peer["operations_per_second"].get("passages")
         share = f"{speed / max(speeds):.0%}" if speeds and speed else "–"
-        cells += [share, f"{peer.get('others', 0):.0%}", f"{peer['load']:.1f}", f"{peer.get('rss_passages', peer['rss']) / 2**20:,.0f}"]
+        cells += [
+            share,
+            f"{peer.get('others', 0):.0%}",
+            f"{peer['load']:.1f}",
+            f"{peer.get('rss_passages', peer['rss']) / 2**20:,.0f}",
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if report.get("soak"):
         resident = [size / 2**20 for size in report["soak"]["resident"]]

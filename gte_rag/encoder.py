@@ -148,6 +148,11 @@ class GTEEncoder:
         return self._head is not None
 
     @property
+    def fused(self) -> bool:
+        """Whether compiled loops join the matrix products (extra `fast`, on a CPU); the results are the same."""
+        return self._model.packed_forward is not None
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights of the network and the sparse head."""
         head = () if self._head is None else self._head

@@ -12,7 +12,6 @@ Needs numba (extra `fast`); without it the network of `gte_rag.precision` comput
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import os
 import threading
@@ -34,7 +33,9 @@ from gte_rag.precision import Int8GatedMLP, Int8Linear, PackedGatedMLP, PackedLi
 
 Array = NDArray[Any]
 
-_ROWS = 256  # rows that pass through a layer together on one core: their widest activation, (256, 2F), stays in its cache
+_ROWS = (
+    256  # rows that pass through a layer together on one core: their widest activation, (256, 2F), stays in its cache
+)
 _STEP = 16  # row counts are rounded up to multiples of this, because oneDNN prepares a kernel for each; but see _FEW
 _FEW = 128  # with fewer rows than this the calling thread computes alone, and no row is wasted on rounding
 _SHORT = 32  # texts up to this length attend in one loop, longer ones by matrix products
@@ -54,13 +55,16 @@ def build(config: GTEConfig, weights: Mapping[str, Tensor], precision: str, devi
 
 
 def has_kernels() -> bool:
-    """Whether the compiled loops are there (extra `fast`)."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether the compiled loops are there: the extra `fast`, in a version that fits this NumPy."""
+    return _kernels() is not None
 
 
 @cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("gte_rag.kernels")
+def _kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("gte_rag.kernels")
+    except ImportError:
+        return None
 
 
 class _Product(NamedTuple):
@@ -128,7 +132,9 @@ class _Workspace:
         scratch: For each thread, what products read of the MLP's middle and of `mixed`, with sizes.
     """
 
-    def __init__(self, rows: int, width: int, middle: int, low: torch.dtype, attention: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, rows: int, width: int, middle: int, low: torch.dtype, attention: torch.dtype, threads: int
+    ) -> None:
         self.rows, self.threads = rows, threads
         self.hidden = _Buffer(rows, width, dtype=torch.float32)
         self.low = self.hidden if low == torch.float32 else _Buffer(rows, width, dtype=low)
@@ -170,7 +176,10 @@ class _Team:
             raise error
 
     def _start(self, threads: int) -> ThreadPoolExecutor:
-        if self._pool is None or (self._threads, self._process) != (threads, os.getpid()):  # threads do not survive a fork
+        if self._pool is None or (self._threads, self._process) != (
+            threads,
+            os.getpid(),
+        ):  # threads do not survive a fork
             if self._pool is not None and self._process == os.getpid():
                 self._pool.shutdown()
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gte-rag")
@@ -268,7 +277,7 @@ class _Pass:
         self, network: Fused, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None, firsts: bool
     ) -> None:
         self._n, self._token_ids, self._token_types = network, token_ids, token_types
-        self._k = _kernels()
+        self._k: Any = _kernels()
         total = len(token_ids)
         bounds = cu_seqlens.numpy()
         self._text_starts, self._text_lengths = bounds[:-1], np.diff(bounds)
@@ -285,6 +294,7 @@ class _Pass:
         self._w = network.workspace(self._parts[-1].stop if self._parts else 0, self._threads)
 
     def run(self) -> Tensor:
+        """Return the hidden states of the last layer."""
         phases = [_Phase(self._parts, self._embed)]
         attention = self._attention_parts()
         last = len(self._n._layers) - 1
@@ -351,7 +361,13 @@ class _Pass:
         self._normalise(product, size if n._eight else n._no_size, layer.down.bias, layer.mlp_norm, real, w)
 
     def _normalise(
-        self, product: Array, size: Array, bias: Array, norm: tuple[Array, Array, np.float32], real: slice, w: Any = None  # noqa: ANN401
+        self,
+        product: Array,
+        size: Array,
+        bias: Array,
+        norm: tuple[Array, Array, np.float32],
+        real: slice,
+        w: Any = None,  # noqa: ANN401
     ) -> None:
         w = self._w if w is None else w
         out = w.low.array[real] if w.low is not w.hidden else self._n._nothing
@@ -382,7 +398,10 @@ class _Pass:
             for head in range(0, heads, together):
                 for query in range(0, length, queries):
                     call = _Scores(
-                        start, length, slice(head, min(head + together, heads)), slice(query, min(query + queries, length))
+                        start,
+                        length,
+                        slice(head, min(head + together, heads)),
+                        slice(query, min(query + queries, length)),
                     )
                     calls.append(call)
                     costs.append((call.heads.stop - head) * (call.queries.stop - query) * (length + 32))
@@ -442,6 +461,4 @@ def _row_parts(rows: int, threads: int, rounded: bool = True) -> list[slice]:
     step = -(-rows // count)
     if rounded:
         step = -(-step // _STEP) * _STEP
-    return [
-        slice(start, start + step if rounded else min(start + step, rows)) for start in range(0, rows, step)
-    ]
+    return [slice(start, start + step if rounded else min(start + step, rows)) for start in range(0, rows, step)]

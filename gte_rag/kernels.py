@@ -36,51 +36,53 @@ def _inlined(function: F) -> F:
     return cast(F, numba.njit(nogil=True, fastmath=_FAST, inline="never")(function))
 
 
-def _get(array: Any, place: Any) -> Any: ...  # noqa: ANN401
+def _get(array: Any, place: Any) -> Any: ...
 
 
-def _put(array: Any, place: Any, value: Any) -> None: ...  # noqa: ANN401
+def _put(array: Any, place: Any, value: Any) -> None: ...
 
 
 @overload(_get, inline="never", jit_options={"fastmath": _FAST})
-def _get_typed(array: Any, place: Any) -> Any:  # noqa: ANN401
+def _get_typed(array: Any, place: Any) -> Any:
     if array.dtype == numba.uint16:
 
-        def widened(array: Any, place: Any) -> Any:  # noqa: ANN401
+        def widened(array: Any, place: Any) -> Any:
             return np.uint32(np.uint32(array[place]) << np.uint32(16)).view(np.float32)
 
         return widened
 
-    def plain(array: Any, place: Any) -> Any:  # noqa: ANN401
+    def plain(array: Any, place: Any) -> Any:
         return np.float32(array[place])
 
     return plain
 
 
 @overload(_put, inline="never", jit_options={"fastmath": _FAST})
-def _put_typed(array: Any, place: Any, value: Any) -> None:  # noqa: ANN401
+def _put_typed(array: Any, place: Any, value: Any) -> None:
     if array.dtype == numba.uint16:
 
-        def rounded(array: Any, place: Any, value: Any) -> None:  # noqa: ANN401
+        def rounded(array: Any, place: Any, value: Any) -> None:
             bits = np.float32(value).view(np.uint32)
-            array[place] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+            array[place] = np.uint16(
+                (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            )
 
         return rounded
 
-    def plain(array: Any, place: Any, value: Any) -> None:  # noqa: ANN401
+    def plain(array: Any, place: Any, value: Any) -> None:
         array[place] = value
 
     return plain
 
 
-def _write(row: Any, out: Any, out_size: Any, at: Any) -> None: ...  # noqa: ANN401
+def _write(row: Any, out: Any, out_size: Any, at: Any) -> None: ...
 
 
 @overload(_write, inline="never", jit_options={"fastmath": _FAST})
-def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> None:  # noqa: ANN401
+def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> None:
     if out.dtype == numba.uint8:
 
-        def levels(row: Any, out: Any, out_size: Any, at: Any) -> None:  # noqa: ANN401
+        def levels(row: Any, out: Any, out_size: Any, at: Any) -> None:
             # Without their sign, floats are ordered as their bits are, and a maximum of integers is a vector instruction.
             most = np.float32(1e-30).view(np.int32)
             for i in range(row.shape[0]):
@@ -95,7 +97,7 @@ def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> None:  # noqa: A
 
         return levels
 
-    def values(row: Any, out: Any, out_size: Any, at: Any) -> None:  # noqa: ANN401
+    def values(row: Any, out: Any, out_size: Any, at: Any) -> None:
         for i in range(row.shape[0]):
             _put(out[at], i, row[i])
 
@@ -103,7 +105,7 @@ def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> None:  # noqa: A
 
 
 @_compiled
-def level(x: Any, out: Any, out_size: Any) -> None:  # noqa: ANN401
+def level(x: Any, out: Any, out_size: Any) -> None:
     """Copy the rows of a matrix to the form of `out`."""
     row = np.empty(x.shape[1], np.float32)
     for t in range(x.shape[0]):
@@ -114,7 +116,15 @@ def level(x: Any, out: Any, out_size: Any) -> None:  # noqa: ANN401
 
 @_compiled
 def normalise(
-    product: Any, size: Any, bias: Any, hidden: Any, weight: Any, offset: Any, eps: Any, out: Any, out_size: Any  # noqa: ANN401
+    product: Any,
+    size: Any,
+    bias: Any,
+    hidden: Any,
+    weight: Any,
+    offset: Any,
+    eps: Any,
+    out: Any,
+    out_size: Any,
 ) -> None:
     """Add a product to the hidden state and apply LayerNorm, in place, and write the form that the next product reads."""
     width = hidden.shape[1]
@@ -147,7 +157,7 @@ def normalise(
 
 
 @_compiled
-def gate(up: Any, gate: Any, skipped: Any, size: Any, out: Any, out_size: Any) -> None:  # noqa: ANN401
+def gate(up: Any, gate: Any, skipped: Any, size: Any, out: Any, out_size: Any) -> None:
     """Compute ``gelu(gate) * up`` of two products, or of one given twice whose first `skipped` columns are up."""
     width = out.shape[1]
     row = np.empty(width, np.float32)
@@ -161,7 +171,7 @@ def gate(up: Any, gate: Any, skipped: Any, size: Any, out: Any, out_size: Any) -
 
 
 @_inlined
-def _normal(x: Any) -> Any:  # noqa: ANN401
+def _normal(x: Any) -> Any:
     """Return the normal distribution function within 3e-7: an odd polynomial, least squares weighted towards minimax."""
     near = min(max(x, np.float32(-5)), np.float32(5))
     t = near * near * np.float32(0.08) - np.float32(1)
@@ -182,19 +192,19 @@ def _normal(x: Any) -> Any:  # noqa: ANN401
 
 
 @_inlined
-def _ordered(x: Any) -> Any:  # noqa: ANN401
+def _ordered(x: Any) -> Any:
     """Return the integer that stands for a float32 in their order: a maximum of integers is a vector instruction."""
     bits = np.float32(x).view(np.int32)
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @_inlined
-def _unordered(bits: Any) -> Any:  # noqa: ANN401
+def _unordered(bits: Any) -> Any:
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @_inlined
-def _exp(x: Any) -> Any:  # noqa: ANN401
+def _exp(x: Any) -> Any:
     """Return e^x for x <= 0, relative error below 3e-7; below -87 it is 0 or nearly."""
     scaled = max(x, np.float32(-87)) * np.float32(1.4426950408889634)
     whole = np.int32(scaled - np.float32(0.5))
@@ -211,7 +221,16 @@ def _exp(x: Any) -> Any:  # noqa: ANN401
 
 @_compiled
 def turn(
-    product: Any, size: Any, bias: Any, turns: Any, first: Any, starts: Any, lengths: Any, parts: Any, heads: Any, out: Any  # noqa: ANN401
+    product: Any,
+    size: Any,
+    bias: Any,
+    turns: Any,
+    first: Any,
+    starts: Any,
+    lengths: Any,
+    parts: Any,
+    heads: Any,
+    out: Any,
 ) -> None:
     """Turn queries and keys by their positions and lay them and the values out by text and head.
 
@@ -260,7 +279,7 @@ def turn(
 
 
 @_compiled
-def softmax(scores: Any, scale: Any) -> None:  # noqa: ANN401
+def softmax(scores: Any, scale: Any) -> None:
     """Apply softmax to ``scores * scale``, row by row, in place."""
     length = scores.shape[1]
     row = np.empty(length, np.float32)
@@ -281,7 +300,7 @@ def softmax(scores: Any, scale: Any) -> None:  # noqa: ANN401
 
 
 @_compiled
-def collect(mixed: Any, first: Any, head: Any, out: Any) -> None:  # noqa: ANN401
+def collect(mixed: Any, first: Any, head: Any, out: Any) -> None:
     """Copy blocks of (heads, queries, D) to the rows `first` … of (T, C), beginning at column ``head * D``."""
     heads, queries, depth = mixed.shape
     for h in range(heads):
@@ -292,7 +311,7 @@ def collect(mixed: Any, first: Any, head: Any, out: Any) -> None:  # noqa: ANN40
 
 
 @_compiled
-def attend(blocks: Any, start: Any, length: Any, heads: Any, scale: Any, out: Any) -> None:  # noqa: ANN401
+def attend(blocks: Any, start: Any, length: Any, heads: Any, scale: Any, out: Any) -> None:
     """Attend within one short text: `blocks` as `turn` leaves them, `out` (T, C)."""
     width = out.shape[1]
     depth = width // heads
@@ -318,15 +337,15 @@ def attend(blocks: Any, start: Any, length: Any, heads: Any, scale: Any, out: An
 
 @_compiled
 def attend_firsts(
-    product: Any,  # noqa: ANN401
-    size: Any,  # noqa: ANN401
-    bias: Any,  # noqa: ANN401
-    blocks: Any,  # noqa: ANN401
-    starts: Any,  # noqa: ANN401
-    lengths: Any,  # noqa: ANN401
-    heads: Any,  # noqa: ANN401
-    scale: Any,  # noqa: ANN401
-    out: Any,  # noqa: ANN401
+    product: Any,
+    size: Any,
+    bias: Any,
+    blocks: Any,
+    starts: Any,
+    lengths: Any,
+    heads: Any,
+    scale: Any,
+    out: Any,
 ) -> None:
     """Attend from the first token of each text, whose query is a row of `product`, and write a row of `out` for each."""
     width = out.shape[1]
@@ -357,7 +376,7 @@ def attend_firsts(
 
 
 @_inlined
-def _mix(query: Any, keys: Any, values: Any, scale: Any, scores: Any, mixed: Any) -> None:  # noqa: ANN401
+def _mix(query: Any, keys: Any, values: Any, scale: Any, scores: Any, mixed: Any) -> None:
     length, depth = keys.shape
     most = np.int32(-2147483648)
     for j in range(length):

@@ -19,6 +19,8 @@ LAYERS = (
     "tokenization",
     "model",
     "precision",
+    "kernels",
+    "fused",
     "heads",
     "modelscope",
     "checkpoint",
@@ -47,6 +49,7 @@ ADAPTERS = ("embeddings", "postprocessor", "retrievers", "vector_stores")
 OPTIONAL = {
     "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "modelscope_hub": {"modelscope"},
+    "numba": {"kernels"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
