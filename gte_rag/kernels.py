@@ -58,7 +58,7 @@ def _get_typed(array: Any, place: Any) -> Any:
 
 
 @overload(_put, inline="never", jit_options={"fastmath": _FAST})
-def _put_typed(array: Any, place: Any, value: Any) -> None:
+def _put_typed(array: Any, place: Any, value: Any) -> Any:
     if array.dtype == numba.uint16:
 
         def rounded(array: Any, place: Any, value: Any) -> None:
@@ -79,7 +79,7 @@ def _write(row: Any, out: Any, out_size: Any, at: Any) -> None: ...
 
 
 @overload(_write, inline="never", jit_options={"fastmath": _FAST})
-def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> None:
+def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> Any:
     if out.dtype == numba.uint8:
 
         def levels(row: Any, out: Any, out_size: Any, at: Any) -> None:
