@@ -54,7 +54,9 @@ PEERS = {
     "sentence-transformers as it comes": (("sentence_transformers",), False, ("query", "passages")),
 }
 ONE_ROUND = ("sentence-transformers as it comes", "sentence-transformers float32", "transformers eager float32")
-CALM = 0.25  # share of the processor's time that other processes may have taken for a measurement to count beside others
+CALM = (
+    0.25  # share of the processor's time that other processes may have taken for a measurement to count beside others
+)
 Encode = Callable[[Sequence[str]], Any]
 
 

@@ -300,8 +300,8 @@ class _Pass:
         last = len(self._n._layers) - 1
         for number in range(last + 1):
             if number == last and self._firsts:
-                parts = _row_parts(len(self._text_starts), self._threads, rounded=False)
-                phases.append(_Phase(parts, self._last_of_firsts))
+                texts = _row_parts(len(self._text_starts), self._threads, rounded=False)
+                phases.append(_Phase(texts, self._last_of_firsts))
             else:
                 phases.append(_Phase(attention, self._attend))
                 phases.append(_Phase(self._parts, self._rows_of(number)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from checkpoints import LONG_TEXT, TEXTS, build, find_variant
 from gte_rag import GTEEncoder, fused, precision
@@ -36,17 +37,21 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def vectors(encoder: GTEEncoder, texts: list[str], *, sparse: bool = True) -> NDArray[np.float32]:
+    dense = encoder.encode_documents(texts, sparse=sparse).dense
+    assert dense is not None
+    return dense
+
+
 @each_precision
 @pytest.mark.parametrize("sparse", [True, False])
 def test_the_fused_pass_equals_the_one_on_torch_alone(name: str, sparse: bool, two_threads: None) -> None:
     encoder = GTEEncoder.from_pretrained(precision=name, device="cpu")
     if not encoder.fused:
         pytest.skip("this processor or build of torch has no packed products")
-    joined = encoder.encode_documents(MIXED, sparse=sparse).dense
+    joined = vectors(encoder, MIXED, sparse=sparse)
     encoder._model.packed_forward = None
-    apart = encoder.encode_documents(MIXED, sparse=sparse).dense
-    assert joined is not None
-    assert apart is not None
+    apart = vectors(encoder, MIXED, sparse=sparse)
     if name == "float32":
         np.testing.assert_allclose(joined, apart, rtol=0, atol=2e-6)
     else:
@@ -60,23 +65,22 @@ def test_the_number_of_threads_does_not_change_a_vector(name: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(encoder.encode_documents(MIXED).dense)
+            found.append(vectors(encoder, MIXED))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert other is not None
         assert (other * found[0]).sum(axis=1).min() > 1 - 1e-5
 
 
 def test_threads_that_call_at_once_get_their_own_results(two_threads: None) -> None:
     encoder = GTEEncoder.from_pretrained(precision="float32", device="cpu")
     groups = [[f"{text} {number}" for text in MIXED] for number in range(3)]
-    expected = [encoder.encode_documents(group).dense for group in groups]
+    expected = [vectors(encoder, group) for group in groups]
     results: dict[int, Any] = {}
 
     def work(number: int) -> None:
-        results[number] = encoder.encode_documents(groups[number]).dense
+        results[number] = vectors(encoder, groups[number])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
     for thread in threads:
@@ -91,7 +95,7 @@ def test_an_error_in_a_thread_reaches_the_caller_and_leaves_the_encoder_usable(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = GTEEncoder.from_pretrained(precision="float32", device="cpu")
-    expected = encoder.encode_documents(MIXED).dense
+    expected = vectors(encoder, MIXED)
 
     def broken(*arguments: object) -> None:
         raise MemoryError("no room for scores")
@@ -100,7 +104,7 @@ def test_an_error_in_a_thread_reaches_the_caller_and_leaves_the_encoder_usable(
         patch.setattr(kernels, "softmax", broken)
         with pytest.raises(MemoryError, match="no room for scores"):
             encoder.encode_documents(MIXED)
-    np.testing.assert_allclose(encoder.encode_documents(MIXED).dense, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(vectors(encoder, MIXED), expected, rtol=0, atol=1e-6)
 
 
 def test_a_long_stream_uses_the_same_buffers_again() -> None:
@@ -139,9 +143,9 @@ def test_memory_of_a_long_text_is_linear() -> None:
 def test_other_architectures_run_fused_too(variant: str, tmp_path: Path, two_threads: None) -> None:
     encoder = GTEEncoder.from_pretrained(build(find_variant(variant), tmp_path), precision="float32", device="cpu")
     texts = [*TEXTS, LONG_TEXT]
-    joined = encoder.encode_documents(texts).dense
+    joined = vectors(encoder, texts)
     encoder._model.packed_forward = None
-    np.testing.assert_allclose(joined, encoder.encode_documents(texts).dense, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(joined, vectors(encoder, texts), rtol=0, atol=2e-6)
 
 
 def test_without_numba_the_network_runs_on_torch_alone() -> None:
