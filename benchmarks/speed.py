@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py            # everything, all rounds
     python benchmarks/speed.py --quick    # a few minutes, without the slowest peers and documents
+    python benchmarks/speed.py --workloads query queries --add    # some workloads, added to the results there are
 
 Every measurement is a fresh process that loads, warms up and runs the workloads; the processes of one round follow each
 other, and rounds repeat, so that a slow phase of the machine hits all alike. Medians over rounds are printed as a table and
@@ -53,6 +54,9 @@ PEERS = {
     "sentence-transformers as it comes": (("sentence_transformers",), False, ("query", "passages")),
 }
 ONE_ROUND = ("sentence-transformers as it comes", "sentence-transformers float32", "transformers eager float32")
+CALM = (
+    0.25  # share of the processor's time that other processes may have taken for a measurement to count beside others
+)
 Encode = Callable[[Sequence[str]], Any]
 
 
@@ -194,8 +198,9 @@ def export(folder: Path) -> None:
         (folder / "draft-int8.onnx").rename(folder / "model-int8.onnx")
 
 
-def measure(peer: str, folder: Path, quick: bool) -> dict[str, Any]:
-    """Load one peer in this process and time its workloads, in seconds per call."""
+def measure(peer: str, folder: Path, quick: bool, chosen_workloads: Sequence[str]) -> dict[str, Any]:
+    """Load one peer in this process and time its workloads, in seconds per call, and note how busy others were meanwhile."""
+    busy, everything = _processor_time()
     start = time.perf_counter()
     encode = load(peer, folder)
     encode(["a short text"])
@@ -203,7 +208,7 @@ def measure(peer: str, folder: Path, quick: bool) -> dict[str, Any]:
     only = PEERS[peer][2]
     slow = peer in ONE_ROUND
     for name, texts in workloads(folder / "tokenizer.json", quick).items():
-        if only is not None and name not in only:
+        if (only is not None and name not in only) or (chosen_workloads and name not in chosen_workloads):
             continue
         if name == "query":
             chosen = texts[:3] if slow else texts
@@ -216,7 +221,20 @@ def measure(peer: str, folder: Path, quick: bool) -> dict[str, Any]:
         if name == "passages":
             result["rss_passages"] = _peak_rss()
     result["rss"] = _peak_rss()
+    busy_after, everything_after = _processor_time()
+    if everything_after > everything:
+        own = time.process_time()  # since this process began, a moment before the first reading
+        result["others"] = max(0.0, busy_after - busy - own) / (everything_after - everything)
     return result
+
+
+def _processor_time() -> tuple[float, float]:
+    """Return the seconds that all cores were busy, and those that have passed on all cores; zeros where nothing tells."""
+    if not Path("/proc/stat").is_file():
+        return 0.0, 0.0
+    ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - ticks[3] - ticks[4]) / per_second, sum(ticks) / per_second
 
 
 def _seconds(encode: Encode, texts: Sequence[str]) -> float:
@@ -310,7 +328,7 @@ def _machine() -> dict[str, str]:
         text=True,
         check=False,
     )
-    packages = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "tokenizers")
+    packages = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "tokenizers", "numba")
     versions = {}
     for package in packages:
         try:
@@ -334,6 +352,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default 3, or 1 with --quick")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="where the random checkpoint lies")
     parser.add_argument("--only", nargs="*", default=[], help="peers whose names contain one of these words")
+    parser.add_argument("--workloads", nargs="*", default=[], help="measure these only")
+    parser.add_argument("--add", action="store_true", help="keep what the results file has beside what is measured now")
+    parser.add_argument("--one-way", action="store_true", help="not also with a malloc that keeps memory")
     parser.add_argument("--soak", type=int, default=0, help="also stream this many passages and record memory")
     parser.add_argument("--name", default="speed", help="name of the files in benchmarks/results")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -344,7 +365,7 @@ def main() -> None:
             "soak": lambda: soak(options.soak),
             "export": lambda: export(options.checkpoint),
         }
-        job = jobs.get(options.job, lambda: measure(options.job, options.checkpoint, options.quick))
+        job = jobs.get(options.job, lambda: measure(options.job, options.checkpoint, options.quick, options.workloads))
         print(f"\n{json.dumps(job())}")
         return
     sys.path.insert(0, str(HERE.parent))
@@ -359,6 +380,9 @@ def main() -> None:
         and all(importlib.util.find_spec(package) is not None for package in PEERS[name][0])
     ]
     common = ["--checkpoint", str(folder), *(["--quick"] if options.quick else [])]
+    if options.workloads:
+        common += ["--workloads", *options.workloads]
+        names = [name for name in names if PEERS[name][2] is None or set(options.workloads) & set(PEERS[name][2])]
     if any(name.startswith(("onnx", "openvino")) for name in names):
         _run(["--job", "export", *common])
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -370,14 +394,31 @@ def main() -> None:
             if turn and name in ONE_ROUND:
                 continue
             # Other packages are measured both ways; this one as it comes.
-            ways = (False,) if name.startswith("gte-rag") or name in ONE_ROUND or options.quick else (False, True)
+            ways = (
+                (False,)
+                if name.startswith("gte-rag") or name in ONE_ROUND or options.quick or options.one_way
+                else (False, True)
+            )
             for keep in ways:
                 result = _run(["--job", name, *common], keep)
                 if result is not None:
                     measured.setdefault(name + (" (malloc keeps memory)" if keep else ""), []).append(result)
                     print(f"round {turn + 1}  {name}{' +malloc' if keep else ''}  {result['seconds']}", file=sys.stderr)
+    machine = _machine()
+    earlier = RESULTS / f"{options.name}.json"
+    commands = [machine.pop("command")]
+    if options.add and earlier.is_file():
+        kept = json.loads(earlier.read_text(encoding="utf-8"))
+        commands = kept["machine"]["commands"] + commands
+        for name, peer in kept["peers"].items():
+            measured[name] = peer["all"] + measured.get(name, [])
+        for name, speeds in kept["all_ceilings"].items():
+            limits[name] = speeds + limits.get(name, [])
     report = _summarise(measured, limits, folder, options.quick)
-    report["machine"] = _machine()
+    report["all_ceilings"] = limits
+    report["machine"] = machine | {"commands": commands}
+    if options.add and earlier.is_file() and "soak" in kept:
+        report["soak"] = kept["soak"]
     if options.soak:
         report["soak"] = _run(["--job", "soak", "--soak", str(options.soak)])
     RESULTS.mkdir(exist_ok=True)
@@ -409,10 +450,9 @@ def _summarise(
     peers: dict[str, Any] = {}
     for name, results in measured.items():
         seconds = {
-            workload: statistics.median(
-                result["seconds"][workload] for result in results if workload in result["seconds"]
-            )
-            for workload in results[0]["seconds"]
+            workload: statistics.median(result["seconds"][workload] for result in _calm(results, workload))
+            for workload in lengths
+            if any(workload in result["seconds"] for result in results)
         }
         peers[name] = {
             "seconds": seconds,
@@ -424,7 +464,7 @@ def _summarise(
             },
             **{
                 key: statistics.median(result[key] for result in results if key in result)
-                for key in ("load", "rss_loaded", "rss_passages", "rss")
+                for key in ("load", "rss_loaded", "rss_passages", "rss", "others")
                 if any(key in result for result in results)
             },
             "all": results,
@@ -434,6 +474,12 @@ def _summarise(
         "ceilings": {name: statistics.median(speeds) for name, speeds in limits.items()},
         "peers": peers,
     }
+
+
+def _calm(results: list[dict[str, Any]], workload: str) -> list[dict[str, Any]]:
+    """Return the measurements of a workload; of several, those during which others took little of the processor."""
+    found = [result for result in results if workload in result["seconds"]]
+    return [result for result in found if result.get("others", 0.0) <= CALM] or found
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -455,10 +501,11 @@ def _table(report: dict[str, Any]) -> str:
     }
     lines += [
         "Tokens per second (one query: milliseconds); in brackets the time relative to this package's best precision. "
-        "Share: operations of the passages, attention included, per second, of the fastest product of that kind.",
+        "Share: operations of the passages, attention included, per second, of the fastest product of that kind. "
+        "Others: processor time that other processes took meanwhile.",
         "",
-        "| | " + " | ".join(names) + " | share | load s | peak MB |",
-        "|---" * (len(names) + 4) + "|",
+        "| | " + " | ".join(names) + " | share | others | load s | peak MB |",
+        "|---" * (len(names) + 5) + "|",
     ]
     for name, peer in report["peers"].items():
         cells = []
@@ -473,7 +520,12 @@ def _table(report: dict[str, Any]) -> str:
         speeds = [speed for limit, speed in report["ceilings"].items() if kind and limit.startswith(kind)]
         speed = peer["operations_per_second"].get("passages")
         share = f"{speed / max(speeds):.0%}" if speeds and speed else "–"
-        cells += [share, f"{peer['load']:.1f}", f"{peer.get('rss_passages', peer['rss']) / 2**20:,.0f}"]
+        cells += [
+            share,
+            f"{peer.get('others', 0):.0%}",
+            f"{peer['load']:.1f}",
+            f"{peer.get('rss_passages', peer['rss']) / 2**20:,.0f}",
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if report.get("soak"):
         resident = [size / 2**20 for size in report["soak"]["resident"]]

@@ -647,6 +647,7 @@ def _info(arguments: argparse.Namespace) -> int:
         ("query prompt", repr(encoder.query_prompt) if encoder.query_prompt else "none"),
         ("device", str(encoder.device)),
         ("precision", encoder.precision),
+        ("fused", "yes" if encoder.fused else "no (on a CPU with vector instructions: pip install 'gte-rag[fast]')"),
         ("fingerprint", encoder.fingerprint),
     ]
     width = max(len(name) for name, _ in rows)

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from gte_rag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gte_rag.config import GTEConfig
 from gte_rag.errors import CheckpointError
+from gte_rag.fused import build
 from gte_rag.heads import dense_vectors, sparse_rows, token_weights
 from gte_rag.interface import PROGRESS_DELAY_S, TextEncoder
-from gte_rag.precision import build, resolve
+from gte_rag.precision import resolve
 from gte_rag.tokenization import Batch, check_texts, pack, tokenize
 from gte_rag.vectors import Encoding, SparseMatrix
 
@@ -144,6 +145,11 @@ class GTEEncoder(TextEncoder):
     def has_sparse(self) -> bool:
         """Whether the checkpoint has a sparse head."""
         return self._head is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether compiled loops join the matrix products (extra `fast`, on a CPU); the results are the same."""
+        return self._model.packed_forward is not None
 
     @property
     def num_parameters(self) -> int:

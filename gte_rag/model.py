@@ -5,7 +5,7 @@ batch lie in one long sequence of T rows; only attention needs to know where a t
 padded, and a text's result does not depend on what else is in the batch.
 
 This is the plain form, which runs on every device. `gte_rag.precision` replaces `Linear` and `GatedMLP` by forms that are
-faster on a CPU; everything else is shared.
+faster on a CPU; everything else is shared. Where numba is installed, `gte_rag.fused` takes the place of the whole forward pass.
 
 Axes: T tokens, C hidden_size, H heads, D head_dim, F intermediate_size.
 """
@@ -300,6 +300,7 @@ class GTEModel(nn.Module):
         self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.packed_forward: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor] | None = None
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over the parameters of a checkpoint, all of them, by name; and let the last layer serve first tokens alone."""
@@ -326,6 +327,8 @@ class GTEModel(nn.Module):
         Returns:
             Hidden states of the last layer, float32, shape (T, C), or (texts, C) with `firsts`.
         """
+        if self.packed_forward is not None:
+            return self.packed_forward(token_ids, cu_seqlens, token_types, firsts)
         packing = Packing(cu_seqlens, self.rotary, token_ids.device)
         dtype = self.embeddings_ln.weight.dtype
         hidden = self.word_embeddings(token_ids).to(dtype)  # (T, C); the table may be kept in a smaller dtype

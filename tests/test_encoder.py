@@ -396,7 +396,8 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return made
 
 
-def test_attention_never_makes_a_matrix_of_all_token_pairs(tiny: GTEEncoder) -> None:
+def test_attention_never_makes_a_matrix_of_all_token_pairs(tiny: GTEEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny._model, "packed_forward", None)  # of the fused pass, test_fused.py shows the same
     text = "the " * 998
     tokens = tiny.count_tokens(text)
     assert tokens == 1000
