@@ -38,6 +38,10 @@ LAYERS = (
     "reranking",
     "indexing",
     "demo",
+    "datasets",
+    "results",
+    "exact",
+    "evaluation",
     "cli",
     "__main__",
 )
@@ -46,7 +50,9 @@ ADAPTERS = ("embeddings", "postprocessor", "retrievers", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
     "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
+    "ir_measures": {"evaluation"},
     "modelscope_hub": {"modelscope"},
+    "mteb": {"evaluation"},
     "rich": {"cli"},
     "semantic_text_splitter": {"indexing"},
     "transformers": set(),
