@@ -713,7 +713,7 @@ def _print_comparisons(
         figures = (f"{one.first_score:.4f}", f"{one.second_score:.4f}", f"{one.difference:+.4f}")
         chance = ("", "") if math.isnan(one.p_value) else (f"{one.error:.4f}", f"{one.p_value:.4f}")
         rows.append([one.second.dataset, method, measure, *figures, *chance, f"{one.queries:,}" if one.queries else ""])
-    headings = ["set", "method", "measure", "before", "after", "difference", "std. error", "p", "queries"]
+    headings = ["set", "method", "measure", "before", "after", "change", "s.e.", "p", "queries"]
     _print_table(console, f"Before: {first_name}; after: {second_name}", headings, rows)
     better, worse = (
         sum(1 for one in comparisons if sign * one.difference > 0 and one.p_value < 0.05) for sign in (1, -1)
@@ -721,21 +721,30 @@ def _print_comparisons(
     mean = sum(one.difference for one in comparisons) / len(comparisons)
     tested = sum(1 for one in comparisons if not math.isnan(one.p_value))
     _print(
-        f"Mean difference {mean:+.4f} over {len(comparisons)} rows; of {tested} tested, {better} better and {worse} worse "
+        f"Mean change {mean:+.4f} over {len(comparisons)} rows; of {tested} tested, {better} better and {worse} worse "
         "with p < 0.05 (paired randomisation test; some of many rows differ by chance)."
     )
 
 
 def _print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: on a narrow terminal its words wrap, elsewhere it is as wide as it needs to be."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=_harmless(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
+        widths = [len(heading), *(len(row[place]) for row in rows)]
+        table.add_column(
+            heading,
+            justify="left" if place < 2 else "right",
+            overflow="fold",
+            min_width=max(widths) if place > 1 else 8,
+        )
     for row in rows:
         table.add_row(*map(_harmless, row))
-    console.print(table, width=None if console.is_terminal else 240)
+    if not console.is_terminal:
+        console.width = 1000  # tables do not expand
+    console.print(table)
 
 
 @contextmanager
