@@ -203,22 +203,23 @@ def _evaluate_retrieval(
     def result(rankings: Sequence[NDArray[np.int64]], mode: str, dimension: int | None, fusion: str | None) -> Result:
         named = {query: [ids[row] for row in rows] for query, rows in zip(dataset.queries, rankings, strict=True)}
         scores, per_query = judge(named, dataset)
-        weight = weights[fusion] if fusion is not None else (None, None)
+        weight = (None, None) if fusion is None else weights[fusion]
         return Result(
-            dataset.name,
-            "retrieval",
-            encoder.name,
-            getattr(encoder, "precision", None),
-            mode,
-            dimension,
-            fusion,
-            *weight,
-            candidates if fusion is not None else None,
-            len(dataset.queries),
-            len(ids),
-            documents.truncated + asked.truncated,
-            scores,
-            per_query,
+            dataset=dataset.name,
+            task="retrieval",
+            model=encoder.name,
+            precision=getattr(encoder, "precision", None),
+            mode=mode,
+            dimension=dimension,
+            fusion=fusion,
+            dense_weight=weight[0],
+            sparse_weight=weight[1],
+            candidates=None if fusion is None else candidates,
+            queries=len(dataset.queries),
+            passages=len(ids),
+            truncated=documents.truncated + asked.truncated,
+            scores=scores,
+            per_query=per_query,
         )
 
     results: dict[tuple[str, int | None, str | None], Result] = {}
@@ -437,7 +438,7 @@ def as_mteb(
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch"],
-        similarity_fn_name=ScoringFunction.COSINE,
+        similarity_fn_name=ScoringFunction("cosine"),
         use_instructions=bool(getattr(encoder, "query_prompt", "")),
         training_datasets=None,
         experiment_kwargs={key: value for key, value in search.items() if value is not None},
