@@ -731,7 +731,8 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: Se
     from rich import box
     from rich.table import Table
 
-    table = Table(title=_harmless(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    _print(_harmless(title))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
         widths = [len(heading), *(len(row[place]) for row in rows)]
         table.add_column(
