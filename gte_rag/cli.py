@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gte_rag.encoder import GTEEncoder
     from gte_rag.explanation import Explanation, Mark, TokenMatch
     from gte_rag.indexing import IndexReport, Progress
+    from gte_rag.results import Result
     from gte_rag.retriever import Hit
 
 _DEFAULT_MODEL = "gte-mini"
@@ -225,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     bulk.add_argument("--cpus-per-worker", type=_count, metavar="N", help="cores and threads of a worker")
     bulk.add_argument("--gpus-per-worker", type=_weight, metavar="X", help="GPUs of a worker, parts of one allowed")
     bulk.add_argument("--address", metavar="ADDRESS", help="a Ray cluster (default: RAY_ADDRESS, else this machine)")
+    evaluate = _command(commands, "eval", _eval, "measure a model on labelled data, or compare saved results")
+    _add_evaluation_options(evaluate)
 
     demo = _command(commands, "demo", _demo, "index the bundled documents and answer the bundled questions")
     _add_model_options(demo, "gte-mini")
@@ -252,6 +255,70 @@ def _add_database_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", metavar="NAME", help=f"gte-mini, a folder or a Hugging Face id (default: {default})")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="DIR",
+        help="a data set, or a folder of them: BEIR's layout (corpus.jsonl, queries.jsonl, qrels.tsv or qrels/test.tsv), "
+        ".tsv of sentence and translation, .tsv of score and two sentences; all may be .gz",
+    )
+    _add_model_options(parser, "gte-mini")
+    parser.add_argument(
+        "--mode",
+        action="append",
+        help="dense, sparse, hybrid (two engines: a score only from the list a passage is in), rescore, union, or all; may be "
+        "repeated (default: dense, sparse and union)",
+    )
+    parser.add_argument(
+        "--dimension",
+        action="append",
+        type=_count_or_all,
+        metavar="N",
+        help="length of the dense vectors, or all that the model was trained for; may be repeated (default: the largest)",
+    )
+    parser.add_argument("--precision", metavar="NAME", help="float32, bf16, int8 or auto (default: auto)")
+    parser.add_argument(
+        "--fusion",
+        action="append",
+        help="weighted, reciprocal_rank, relative_score, distribution_based, calibrated, or all; may be repeated (default: "
+        "weighted)",
+    )
+    parser.add_argument("--dense-weight", type=_weight, default=1.0, metavar="X", help="default: %(default)s")
+    parser.add_argument("--sparse-weight", type=_weight, metavar="X", help="default: 0.3 for weighted, else 1.0")
+    parser.add_argument(
+        "--candidates",
+        "--depth",
+        type=_count,
+        default=100,
+        metavar="N",
+        help="passages each side contributes to hybrid, rescore and union (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-queries", type=_count, metavar="N", help="take at most so many queries or pairs of a set"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
+    parser.add_argument("--max-length", type=_count, metavar="N", help="cut texts after so many tokens")
+    parser.add_argument(
+        "--skip-same-id",
+        action="store_true",
+        help="leave the passage with the query's own id out of its ranking (ArguAna, Quora)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, query by query, to a file")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="compare with results written by --json; without DIR, the first file with the others",
+    )
+
+
+def _count_or_all(text: str) -> int | str:
+    return text if text == "all" else _count(text)
 
 
 def _count(text: str) -> int:
@@ -736,6 +803,175 @@ def _rows_progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+# --- eval --------------------------------------------------------------------------------------------------------------
+
+# Words for people: heading of a task's table, and its measures.
+_TASKS = {
+    "retrieval": (
+        "Retrieval",
+        {"ndcg@10": "nDCG@10", "recall@20": "recall@20", "recall@100": "recall@100", "mrr@10": "MRR@10"},
+    ),
+    "bitext": ("Bitext", {"f1": "F1", "accuracy": "accuracy", "f1_back": "F1 back", "accuracy_back": "accuracy back"}),
+    "similarity": ("Similarity", {"spearman": "Spearman", "pearson": "Pearson"}),
+}
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    _require("rich", extra="eval")
+    from gte_rag.results import read, save
+
+    with _as_data_error():
+        saved = {path: read(path) for path in arguments.compare}
+    if not arguments.paths and len(saved) < 2:
+        raise _CommandError("nothing to evaluate; give a DIR, or --compare with at least two files", 2)
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise _CommandError(f"--json {arguments.json}: there is no folder {arguments.json.parent}", 2)
+    console = _console(sys.stdout)
+    results: list[Result] = []
+    if arguments.paths:
+        results = _evaluated(arguments)
+        _print_results(console, results)
+        if arguments.json:
+            save(results, arguments.json)
+    runs = [(str(path), saved[path]) for path in saved]
+    if results:
+        for name, run in runs:
+            _print_comparisons(console, run, results, name, "this run")
+    else:
+        for name, run in runs[1:]:
+            _print_comparisons(console, runs[0][1], run, runs[0][0], name)
+    return 0
+
+
+def _evaluated(arguments: argparse.Namespace) -> list[Result]:
+    """Evaluate the data sets one after the other; a progress line on a terminal says which."""
+    _require("ir_measures", extra="eval")
+    from gte_rag.datasets import find, load
+    from gte_rag.evaluation import MODES, evaluate
+    from gte_rag.fusion import FUSIONS
+
+    with _as_data_error():
+        found = [path for root in arguments.paths for path in find(root)]
+    encoder = _load_encoder(
+        arguments.model, arguments.device, None, precision=arguments.precision, max_length=arguments.max_length
+    )
+    modes = arguments.mode or (["dense", "sparse", "union"] if encoder.has_sparse else ["dense"])
+    dimensions = arguments.dimension
+    if dimensions is not None and "all" in dimensions:
+        dimensions = sorted(encoder.config.matryoshka_dimensions) or [encoder.dimension]
+    for dimension in dimensions or ():
+        if not encoder.config.min_dimension <= dimension <= encoder.dimension:
+            raise _CommandError(
+                f"--dimension {dimension}: {encoder.name} gives {encoder.config.min_dimension} to {encoder.dimension}",
+                2,
+            )
+    fusions = arguments.fusion or ["weighted"]
+    results: list[Result] = []
+    show_progress = sys.stderr.isatty()
+    for number, path in enumerate(found, start=1):
+        with _as_data_error():
+            dataset = load(path)
+        if arguments.max_queries is not None:
+            dataset = dataset.sample(arguments.max_queries, seed=arguments.seed)
+        if show_progress:
+            _say(f"{dataset.name} ({number} of {len(found)}), {len(dataset)} queries or pairs")
+        with _as_usage_error():
+            results += evaluate(
+                encoder,
+                dataset,
+                modes=MODES if "all" in modes else modes,
+                dimensions=dimensions,
+                fusions=list(FUSIONS) if "all" in fusions else fusions,
+                dense_weight=arguments.dense_weight,
+                sparse_weight=arguments.sparse_weight,
+                candidates=arguments.candidates,
+                skip_same_id=arguments.skip_same_id,
+                show_progress=show_progress,
+            )
+    return results
+
+
+def _print_results(console: Console, results: Sequence[Result]) -> None:
+    """Print a table for each task, with the mean of each way of searching where there are several sets."""
+    for task, (heading, measures) in _TASKS.items():
+        of_task = [result for result in results if result.task == task]
+        if not of_task:
+            continue
+        rows = [
+            [result.dataset, result.method, *(f"{result.scores[name]:.4f}" for name in measures), f"{result.queries:,}"]
+            for result in of_task
+        ]
+        methods = dict.fromkeys(result.method for result in of_task)
+        for method in methods if len({result.dataset for result in of_task}) > 1 else ():
+            same = [result for result in of_task if result.method == method]
+            means = (f"{sum(result.scores[name] for result in same) / len(same):.4f}" for name in measures)
+            rows.append([f"mean of {len(same)}", method, *means, ""])
+        count = "queries" if task == "retrieval" else "pairs"
+        _print_table(console, f"{heading}: {of_task[0].model}", ["set", "method", *measures.values(), count], rows)
+
+
+def _print_comparisons(
+    console: Console, first: Sequence[Result], second: Sequence[Result], first_name: str, second_name: str
+) -> None:
+    from gte_rag.results import compare, paired
+
+    with _as_data_error():
+        comparisons = [compare(*pair) for pair in paired(first, second)]
+    if not comparisons:
+        _say(f"{first_name} and {second_name} have no data set, mode and fusion in common; nothing to compare")
+        return
+    rows = []
+    for one in comparisons:
+        measure = _TASKS[one.second.task][1][one.score]
+        dimensions = {one.first.dimension, one.second.dimension}
+        method = one.second.method + (f" (was {one.first.dimension}d)" if len(dimensions) > 1 else "")
+        figures = (f"{one.first_score:.4f}", f"{one.second_score:.4f}", f"{one.difference:+.4f}")
+        chance = ("", "") if math.isnan(one.p_value) else (f"{one.error:.4f}", f"{one.p_value:.4f}")
+        rows.append([one.second.dataset, method, measure, *figures, *chance, f"{one.queries:,}" if one.queries else ""])
+    headings = ["set", "method", "measure", "before", "after", "change", "s.e.", "p", "queries"]
+    _print_table(console, f"Before: {first_name}; after: {second_name}", headings, rows)
+    better, worse = (
+        sum(1 for one in comparisons if sign * one.difference > 0 and one.p_value < 0.05) for sign in (1, -1)
+    )
+    mean = sum(one.difference for one in comparisons) / len(comparisons)
+    tested = sum(1 for one in comparisons if not math.isnan(one.p_value))
+    _print(
+        f"Mean change {mean:+.4f} over {len(comparisons)} rows; of {tested} tested, {better} better and {worse} worse "
+        "with p < 0.05 (paired randomisation test; some of many rows differ by chance)."
+    )
+
+
+def _print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: on a narrow terminal its words wrap, elsewhere it is as wide as it needs to be."""
+    from rich import box
+    from rich.table import Table
+
+    _print(_harmless(title))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(headings):
+        widths = [len(heading), *(len(row[place]) for row in rows)]
+        table.add_column(
+            heading,
+            justify="left" if place < 2 else "right",
+            overflow="fold",
+            min_width=max(widths) if place > 1 else 8,
+        )
+    for row in rows:
+        table.add_row(*map(_harmless, row))
+    if not console.is_terminal:
+        console.width = 1000  # tables do not expand
+    console.print(table)
+
+
+@contextmanager
+def _as_data_error() -> Iterator[None]:
+    """Report data that cannot be read or compared."""
+    try:
+        yield
+    except ValueError as error:
+        raise _CommandError(str(error), 1) from error
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -775,22 +1011,31 @@ def _demo(arguments: argparse.Namespace) -> int:
 # --- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _require(*modules: str) -> None:
+def _require(*modules: str, extra: str = "cli") -> None:
     for module in modules:
         if module not in sys.modules and find_spec(module) is None:
-            raise missing_extra(module.replace("_", "-"), "cli")
+            raise missing_extra(module.replace("_", "-"), extra)
 
 
 def _load_encoder(
-    model: str | None, device: str | None, dimension: int | None, *, local_files_only: bool = False
+    model: str | None,
+    device: str | None,
+    dimension: int | None,
+    *,
+    precision: str | None = None,
+    max_length: int | None = None,
+    local_files_only: bool = False,
 ) -> GTEEncoder:
     from gte_rag.encoder import GTEEncoder
 
     name = model or _DEFAULT_MODEL
     if name != _DEFAULT_MODEL and os.path.isdir(name):
         name = os.path.abspath(name)  # an index remembers it and may be searched from elsewhere
+    given = {key: value for key, value in (("precision", precision), ("max_length", max_length)) if value is not None}
     with _as_usage_error():
-        return GTEEncoder.from_pretrained(name, device=device, dimension=dimension, local_files_only=local_files_only)
+        return GTEEncoder.from_pretrained(
+            name, device=device, dimension=dimension, local_files_only=local_files_only, **given
+        )  # type: ignore[arg-type]
 
 
 def _load_encoder_of_index(

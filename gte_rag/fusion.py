@@ -271,6 +271,16 @@ FUSIONS: Mapping[str, Callable[..., FloatArray]] = MappingProxyType(
 _OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({"reciprocal_rank": ("k",)})
 
 
+def default_sparse_weight(fusion: str) -> float:
+    """Return the sparse weight beside a dense weight of 1: the model card's 0.3 for raw scores, else 1."""
+    return 0.3 if fusion == "weighted" else 1.0
+
+
+def opening(text: str) -> str:
+    """Return the beginning of a text, about as long as a question: a pseudo-query to calibrate with."""
+    return " ".join(text.split()[:12])[:80]
+
+
 def fusion_named(
     name: str, *, options: Mapping[str, float] | None = None, calibration: Calibration | None = None
 ) -> Fusion:

@@ -12,13 +12,12 @@ import numpy as np
 
 from gte_rag.chroma import Candidates, HybridCollection
 from gte_rag.explanation import TokenMatch, token_matches
-from gte_rag.fusion import FUSIONS, Calibration, fusion_named, measure
+from gte_rag.fusion import FUSIONS, Calibration, default_sparse_weight, fusion_named, measure, opening
 from gte_rag.records import MetadataValue
 from gte_rag.tokenization import check_texts
 from gte_rag.tuning import ScoredQuery, Trial, Tuning, tune
 from gte_rag.vectors import FloatArray, SparseMatrix, SparseVector
 
-_CARD_SPARSE_WEIGHT = 0.3
 MODES = ("rescore", "union", "dense", "sparse")
 
 
@@ -104,7 +103,7 @@ class HybridRetriever:
         self.fusion_options = dict(fusion_options or {})
         self.dense_weight = _check_weight("dense_weight", dense_weight)
         if sparse_weight is None:
-            sparse_weight = _CARD_SPARSE_WEIGHT if fusion == "weighted" else 1.0
+            sparse_weight = default_sparse_weight(fusion)
         self.sparse_weight = _check_weight("sparse_weight", sparse_weight)
         self._calibration: Calibration | None = None
 
@@ -190,7 +189,7 @@ class HybridRetriever:
         records = self.collection.sample(check_count("queries", queries))
         if len(records) < 2:
             raise ValueError(f"the collection has {len(records)} records; calibration needs at least 2")
-        dense, sparse = self._encode([_opening(record.text) for record in records])
+        dense, sparse = self._encode([opening(record.text) for record in records])
         found = self.collection.nearest(dense, self.candidates)
         scores = [
             _scores(query, candidates.take([i for i, other in enumerate(candidates.records) if other.id != record.id]))
@@ -309,11 +308,6 @@ class HybridRetriever:
 def _scores(query: SparseVector, candidates: Candidates) -> tuple[FloatArray, FloatArray]:
     """Return the dense and the sparse scores of candidates: float32, shape (n,) each."""
     return candidates.dense_scores, candidates.sparse.dot(query)
-
-
-def _opening(text: str) -> str:
-    """Return the beginning of a text, about as long as a question."""
-    return " ".join(text.split()[:12])[:80]
 
 
 def check_count(name: str, value: int) -> int:

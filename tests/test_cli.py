@@ -28,7 +28,7 @@ from gte_rag import GTEEncoder, cli
 from gte_rag.highlighting import excerpt, matching_spans
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("index", "search", "explain", "encode", "info", "convert", "encode-files", "demo")
+COMMANDS = ("index", "search", "explain", "encode", "info", "convert", "eval", "encode-files", "demo")
 ESCAPE = "\x1b"
 
 
@@ -38,7 +38,11 @@ def one_encoder(encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     load = GTEEncoder.from_pretrained.__func__  # type: ignore[attr-defined]
 
     def from_pretrained(name: str = "gte-mini", **options: Any) -> GTEEncoder:
-        usual = name == "gte-mini" and options.get("device") is None and options.get("dimension") in (None, 256)
+        usual = (
+            name == "gte-mini"
+            and options.get("device") is None
+            and options.get("dimension") in (None, encoder.dimension)
+        )
         return encoder if usual else load(GTEEncoder, name, **options)
 
     monkeypatch.setattr(GTEEncoder, "from_pretrained", from_pretrained)
@@ -598,3 +602,70 @@ def test_search_finds_by_words_alone_and_by_other_fusions(run: Run, db: Path) ->
     result = run("search", "bread", "--db", str(db), "--fusion", "magic")
     assert result.code == 2
     assert "fusion is 'magic'; available:" in result.err
+
+
+# --- eval --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """A retrieval set, bitext and similarity below one folder."""
+    folder = tmp_path / "data" / "cities"
+    folder.mkdir(parents=True)
+    texts = {"a": "ECONNREFUSED on port 8080", "b": "Sourdough bread rises", "c": "北京是中国的首都。"}
+    queries = {"q1": "ECONNREFUSED", "q2": "bread", "q3": "北京"}
+    for name, records in (("corpus", texts), ("queries", queries)):
+        lines = [json.dumps({"_id": key, "text": text}) for key, text in records.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "qrels.tsv").write_text("q1\ta\t1\nq2\tb\t1\nq3\tc\t1\n", encoding="utf-8")
+    (folder.parent / "de-en.tsv").write_text("Brot\tbread\nWasser\twater\n", encoding="utf-8")
+    (folder.parent / "sts.tsv").write_text("5\ta cat\ta cat\n0\ta cat\tthe stock market\n", encoding="utf-8")
+    return folder.parent
+
+
+def test_eval_prints_a_table_for_each_task_and_writes_all_results(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["eval", str(labelled), "--mode", "sparse", "--mode", "hybrid", "--dimension", "all"]
+    assert cli.main([*arguments, "--sparse-weight", "0.01", "--depth", "1000", "--json", str(file)]) == 0
+    printed = capsys.readouterr()
+    for words in ("Retrieval: gte-mini", "nDCG@10", "Bitext: gte-mini", "Similarity: gte-mini", "Spearman"):
+        assert words in printed.out
+    assert re.search(r"cities +sparse +1\.0000", printed.out)
+    assert printed.err == ""
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    hybrid = [result for result in results if result["mode"] == "hybrid"]
+    assert {(result["sparse_weight"], result["candidates"]) for result in hybrid} == {(0.01, 1000)}
+    assert len(hybrid) > 1  # one for each dimension
+
+
+def test_eval_compares_with_saved_results_and_saved_results_with_each_other(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = str(tmp_path / "one.json"), str(tmp_path / "other.json")
+    assert cli.main(["eval", str(labelled), "--mode", "dense", "--max-queries", "2", "--json", one]) == 0
+    assert cli.main(["eval", str(labelled / "cities"), "--mode", "dense", "--json", other, "--compare", one]) == 0
+    assert f"Before: {one}; after: this run" in capsys.readouterr().out
+    assert cli.main(["eval", "--compare", one, other]) == 0
+    printed = capsys.readouterr().out
+    assert f"Before: {one}; after: {other}" in printed
+    assert re.search(r"cities +dense \d+d +nDCG@10 .* 2\n", printed.replace(" \n", "\n"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "nothing to evaluate"),
+        (["absent"], 1, "there is nothing at absent"),
+        (["DATA", "--mode", "fast"], 2, "mode is 'fast'; available: 'dense'"),
+        (["DATA", "--dimension", "9999"], 2, "--dimension 9999: gte-mini gives"),
+        (["DATA", "--json", "absent/run.json"], 2, "there is no folder absent"),
+        (["DATA", "--compare", "DATA/sts.tsv"], 1, "holds no results of an evaluation"),
+    ],
+)
+def test_eval_says_what_it_cannot_do(
+    labelled: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert cli.main(["eval", *(argument.replace("DATA", str(labelled)) for argument in arguments)]) == code
+    assert message in capsys.readouterr().err

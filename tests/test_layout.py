@@ -46,6 +46,10 @@ LAYERS = (
     "reranking",
     "indexing",
     "demo",
+    "datasets",
+    "results",
+    "exact",
+    "evaluation",
     "corpus",
     "sinks",
     "cluster",
@@ -57,6 +61,9 @@ LAYERS = (
 ADAPTERS = ("embeddings", "postprocessor", "retrievers", "sparse_embeddings", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
+    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
+    "ir_measures": {"evaluation"},
+    "mteb": {"evaluation"},
     "httpx": {"service"},
     "chromadb": {"chroma", "embedding_functions", "demo", "sinks", "cli"},
     "modelscope_hub": {"modelscope"},
