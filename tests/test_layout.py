@@ -61,7 +61,6 @@ LAYERS = (
 ADAPTERS = ("embeddings", "postprocessor", "retrievers", "sparse_embeddings", "vector_stores")
 # Optional packages and the only modules of gte_rag that may import them.
 OPTIONAL = {
-    "chromadb": {"chroma", "embedding_functions", "demo", "cli"},
     "ir_measures": {"evaluation"},
     "mteb": {"evaluation"},
     "httpx": {"service"},
