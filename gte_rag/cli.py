@@ -1031,11 +1031,13 @@ def _load_encoder(
     name = model or _DEFAULT_MODEL
     if name != _DEFAULT_MODEL and os.path.isdir(name):
         name = os.path.abspath(name)  # an index remembers it and may be searched from elsewhere
-    given = {key: value for key, value in (("precision", precision), ("max_length", max_length)) if value is not None}
+    given: dict[str, Any] = {
+        key: value for key, value in (("precision", precision), ("max_length", max_length)) if value is not None
+    }
     with _as_usage_error():
         return GTEEncoder.from_pretrained(
             name, device=device, dimension=dimension, local_files_only=local_files_only, **given
-        )  # type: ignore[arg-type]
+        )
 
 
 def _load_encoder_of_index(

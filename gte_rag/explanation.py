@@ -12,6 +12,7 @@ import numpy as np
 
 from gte_rag.encoder import GTEEncoder
 from gte_rag.highlighting import weighted_spans
+from gte_rag.interface import TextEncoder
 from gte_rag.vectors import SparseVector
 
 # A token that adds less than this share of the sparse score is not marked in a text: articles, commas, single letters.
@@ -222,7 +223,7 @@ def explain_hit(encoder: GTEEncoder, query: str, hit: Scored) -> Explanation:
     )
 
 
-def token_matches(encoder: GTEEncoder, query: SparseVector, document: SparseVector) -> tuple[TokenMatch, ...]:
+def token_matches(encoder: TextEncoder, query: SparseVector, document: SparseVector) -> tuple[TokenMatch, ...]:
     """Return the tokens that two sparse vectors share, the one that adds most to their product first."""
     shared, mine, theirs = np.intersect1d(query.indices, document.indices, assume_unique=True, return_indices=True)
     tokens = encoder.token_strings(shared.tolist())

@@ -28,7 +28,7 @@ from gte_rag import GTEEncoder, cli
 from gte_rag.highlighting import excerpt, matching_spans
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("index", "search", "explain", "encode", "info", "convert", "eval", "encode-files", "demo")
+COMMANDS = ("index", "search", "explain", "encode", "info", "convert", "encode-files", "eval", "demo")
 ESCAPE = "\x1b"
 
 

@@ -63,7 +63,7 @@ ADAPTERS = ("embeddings", "postprocessor", "retrievers", "sparse_embeddings", "v
 OPTIONAL = {
     "ir_measures": {"evaluation"},
     "mteb": {"evaluation"},
-    "httpx": {"service"},
+    "httpx": {"service", "sinks"},
     "chromadb": {"chroma", "embedding_functions", "demo", "sinks", "cli"},
     "modelscope_hub": {"modelscope"},
     "pyarrow": {"corpus", "sinks", "distributed"},

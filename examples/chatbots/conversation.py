@@ -18,6 +18,7 @@ from typing import TypeVar
 from gte_rag import GTEEncoder
 from gte_rag.demo import read_documents
 from gte_rag.indexing import CHUNK_TOKENS, Failure, Splitter, read_file, select_files
+from gte_rag.interface import TextEncoder
 
 # What the model is told. The prompts are plain text, the frameworks put them into messages of their own.
 INSTRUCTION = (
@@ -186,7 +187,7 @@ def _answers(passage: str, scores: Mapping[str, float]) -> bool:
     return bool(scores) and scores.get(passage, float("-inf")) >= _ANSWERS * max(scores.values()) > 0
 
 
-def quote(encoder: GTEEncoder, query: str, texts: Sequence[str]) -> str:
+def quote(encoder: TextEncoder, query: str, texts: Sequence[str]) -> str:
     """Answer without a chat model: the sentences of the best passage that fit the query best, labelled as a quotation."""
     if not texts:
         return NOTHING_FOUND
