@@ -1,0 +1,174 @@
+"""The student: the GTE network in a form that trains, and the teacher transplanted into it.
+
+`Student` computes what `gte_rag.model` computes, from parameters of the same names, on batches of texts of equal length.
+
+The transplant gives a student that agrees with its teacher before any training (positions apart):
+
+- Attention weights copy as they are. Absolute positions have no place here; their mean goes into the word embeddings.
+- The gated MLP has no bias and multiplies two branches; the teacher's plain one has a bias and one branch. One channel of the
+  hidden state, the least informative, is held constant (LayerNorm weight 0, bias C), so that its column carries the bias of the
+  gate, and a constant 1 in the other branch, which then is free to learn.
+- One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and rotates to the
+  principal components of the teacher's vectors. So the first token holds the mean-pooled vector, leading dimensions first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from teacher import Teacher
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gte_rag.config import GTEConfig, RotaryScaling
+
+CONSTANT = 210  # the channel that is held constant
+_RESIDUAL = 0.25  # share of the first token's own state beside the pooled vector in the pooling layer
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm layer; parameters named as in `gte_rag.model`."""
+
+    def __init__(self, config: GTEConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.num_heads = config.num_heads
+        self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(width, 3 * width), "o_proj": nn.Linear(width, width)})
+        self.attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = nn.ModuleDict(
+            {"up_gate_proj": nn.Linear(width, 2 * inner, bias=False), "down_proj": nn.Linear(inner, width)}
+        )
+        self.mlp_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply the layer: (texts, length, C) -> the same."""
+        texts, length, width = hidden.shape
+        qkv = self.attention["qkv_proj"](hidden).view(texts, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(texts, length, width)
+        hidden = self.attn_ln(hidden + self.attention["o_proj"](mixed))
+        up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
+        return self.mlp_ln(hidden + self.mlp["down_proj"](functional.gelu(gate) * up))
+
+
+def config_from(shape: Mapping[str, Any]) -> GTEConfig:
+    """Return the configuration that `prepare.py` wrote down as plain values."""
+    return GTEConfig(**{**shape, "rope_scaling": RotaryScaling(**shape["rope_scaling"])})
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Student(nn.Module):
+    """Word embeddings, layers and the sparse head."""
+
+    def __init__(self, config: GTEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.frequencies = config.inverse_frequencies()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Return the last hidden states of texts of equal length: int64 (texts, length) -> (texts, length, C)."""
+        angles = torch.arange(token_ids.shape[1]).float()[:, None] * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        hidden = self.embeddings_ln(self.word_embeddings(token_ids))
+        if torch.is_autocast_enabled("cpu"):
+            cos, sin, hidden = cos.bfloat16(), sin.bfloat16(), hidden.bfloat16()
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin)
+        return hidden.float()
+
+    def token_weights(self, hidden: Tensor) -> Tensor:
+        """Return the sparse weight of every token: (texts, length, C) -> (texts, length)."""
+        return torch.relu(self.classifier(hidden)).squeeze(-1)
+
+
+def transplant(
+    teacher: Teacher,
+    kept_pieces: Sequence[int],
+    layers: Sequence[int],
+    config: GTEConfig,
+    constants: Tensor,
+    mean: Tensor,
+    rotation: Tensor,
+    first_mean: Tensor,
+    neurons: Sequence[Tensor],
+) -> Student:
+    """Build a student from its teacher.
+
+    Args:
+        teacher: The teacher.
+        kept_pieces: Ids of the pieces of the student's vocabulary, in its order.
+        layers: The teacher's layers to keep.
+        config: The student's shape; one layer more than `layers`.
+        constants: Mean of channel `CONSTANT` after the embedding's LayerNorm and after both of every teacher's layer,
+            shape (2 * layers + 1,).
+        mean: Mean of the teacher's vectors in units of its hidden states, shape (C,).
+        rotation: Principal components as rows, shape (C, C), in units that give hidden states of usual size.
+        first_mean: Mean of the first token's last hidden state, shape (C,).
+        neurons: For every teacher's layer, the neurons of its MLP to keep.
+    """
+    student = Student(config)
+    state = student.state_dict()
+    w = teacher.weights
+    width = teacher.hidden_size
+    positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
+    state["word_embeddings.weight"] = w["emb.word"][torch.tensor(list(kept_pieces))] + positions
+    held = torch.where(constants.abs() > 0.2, constants, torch.ones(()))  # C at every place
+
+    def norm(name: str, weight: Tensor, bias: Tensor, at: int) -> None:
+        state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
+        state[name + ".weight"][CONSTANT] = 0
+        state[name + ".bias"][CONSTANT] = held[at]
+
+    def reading(weight: Tensor, at: int) -> Tensor:
+        weight = weight.clone()
+        weight[:, CONSTANT] *= constants[at] / held[at]
+        return weight
+
+    def writing(name: str, weight: Tensor, bias: Tensor, step: Tensor) -> None:
+        state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
+        state[name + ".weight"][CONSTANT] = 0
+        state[name + ".bias"][CONSTANT] = step
+
+    norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
+    at = 0
+    for number, layer in enumerate(layers):
+        old, new = f"l{layer}.", f"layers.{number}."
+        entry = 2 * layer  # where the teacher's layer reads
+        qkv = torch.cat([w[old + f"{part}.w"] for part in "qkv"]).clone()
+        qkv[:, CONSTANT] *= constants[entry] / held[at]
+        state[new + "attention.qkv_proj.weight"] = qkv
+        state[new + "attention.qkv_proj.bias"] = torch.cat([w[old + f"{part}.b"] for part in "qkv"])
+        writing(new + "attention.o_proj", w[old + "ao.w"], w[old + "ao.b"], held[entry + 1] - held[at])
+        norm(new + "attn_ln", w[old + "aln.w"], w[old + "aln.b"], entry + 1)
+        keep = neurons[layer]
+        gate = reading(w[old + "fi.w"], entry + 1)[keep]
+        gate[:, CONSTANT] += w[old + "fi.b"][keep] / held[entry + 1]
+        up = torch.zeros_like(gate)
+        up[:, CONSTANT] = 1 / held[entry + 1]
+        state[new + "mlp.up_gate_proj.weight"] = torch.cat([up, gate])
+        writing(new + "mlp.down_proj", w[old + "fo.w"][:, keep], w[old + "fo.b"], held[entry + 2] - held[entry + 1])
+        norm(new + "mlp_ln", w[old + "oln.w"], w[old + "oln.b"], entry + 2)
+        at = entry + 2
+    last = f"layers.{len(layers)}."
+    qkv = 0.02 * torch.randn(3 * width, width)
+    qkv[2 * width :] = torch.eye(width)
+    qkv[2 * width + CONSTANT] = 0
+    state[last + "attention.qkv_proj.weight"] = qkv
+    state[last + "attention.qkv_proj.bias"] = torch.zeros(3 * width)
+    state[last + "attention.o_proj.weight"] = rotation / _RESIDUAL
+    state[last + "attention.o_proj.bias"] = -(rotation / _RESIDUAL) @ mean - first_mean
+    state[last + "mlp.down_proj.weight"] = torch.zeros_like(state[last + "mlp.down_proj.weight"])
+    state[last + "mlp.down_proj.bias"] = torch.zeros(width)
+    student.load_state_dict(state)
+    return student
