@@ -312,7 +312,13 @@ def test_mteb_measures_what_evaluate_measures(dataset: RetrievalSet, mode: str) 
 def test_mteb_can_have_given_passages_reranked(dataset: RetrievalSet) -> None:
     pytest.importorskip("mteb")
     model: Any = as_mteb(StubEncoder(), mode="union", fusion="calibrated")
-    about: dict[str, Any] = {"task_metadata": None, "hf_split": "test", "hf_subset": "default", "encode_kwargs": {}, "num_proc": None}
+    about: dict[str, Any] = {
+        "task_metadata": None,
+        "hf_split": "test",
+        "hf_subset": "default",
+        "encode_kwargs": {},
+        "num_proc": None,
+    }
     model.index([{"id": i, "text": text} for i, text in dataset.corpus.items()], **about)
     queries = [{"id": "q0", "text": dataset.queries["q0"]}]
     found = model.search(queries, top_k=2, top_ranked={"q0": ["p5", "p6", "p7"]}, **about)
