@@ -16,12 +16,13 @@ REQUIRED = (
     "llama_index/embeddings/gte/py.typed",
     "llama_index/postprocessor/gte/py.typed",
     "llama_index/retrievers/gte/py.typed",
+    "llama_index/sparse_embeddings/gte/py.typed",
     "llama_index/vector_stores/gte/py.typed",
 )
 # An __init__.py in these would hide llama_index.core.
 FORBIDDEN = tuple(
     f"llama_index/{folder}__init__.py"
-    for folder in ("", "embeddings/", "postprocessor/", "retrievers/", "vector_stores/")
+    for folder in ("", "embeddings/", "postprocessor/", "retrievers/", "sparse_embeddings/", "vector_stores/")
 )
 SOURCES = (
     "pyproject.toml",
