@@ -546,9 +546,9 @@ def written(database: Path) -> int:
 def test_ctrl_c_leaves_an_index_that_can_be_searched_and_completed(run: Run, tmp_path: Path) -> None:
     notes, database = tmp_path / "notes", tmp_path / "db"
     notes.mkdir()
-    for number in range(450):
+    for number in range(1200):
         text = f"Note {number}: " + "sourdough bread rises for many hours before it is baked. " * 3
-        (notes / f"{number:03}.md").write_text(text, encoding="utf-8")
+        (notes / f"{number:04}.md").write_text(text, encoding="utf-8")
     process = python("index", notes, "--db", database)
     deadline = time.monotonic() + 90
     while not written(database) and process.poll() is None and time.monotonic() < deadline:
@@ -560,10 +560,10 @@ def test_ctrl_c_leaves_an_index_that_can_be_searched_and_completed(run: Run, tmp
     assert "run again" in err
 
     done = written(database)
-    assert 0 < done < 450
+    assert 0 < done < 1200
     assert json.loads(run("search", "bread", "--db", database, "--json").out)["hits"]
-    assert run("index", notes, "--db", database).out.startswith(f"{450 - done} added, 0 updated, {done} unchanged")
-    assert run("index", notes, "--db", database).out.startswith("0 added, 0 updated, 450 unchanged")
+    assert run("index", notes, "--db", database).out.startswith(f"{1200 - done} added, 0 updated, {done} unchanged")
+    assert run("index", notes, "--db", database).out.startswith("0 added, 0 updated, 1200 unchanged")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pipe that can be closed")
