@@ -91,6 +91,8 @@ def run(corpus: Path, out: Path, model: str, **options: Any) -> BulkReport:
 def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
     corpus: Path, tmp_path: Path, model: str
 ) -> None:
+    long = " bread rises" * 1500  # a part must take long enough to be caught
+    write_jsonl(corpus / "a.jsonl", [{"id": f"a{n}", "text": f"{TEXTS[n % len(TEXTS)]}{long}"} for n in range(ROWS)])
     out = tmp_path / "out"
     state = out / "_gte_rag"
     killed: list[tuple[str, int]] = []
