@@ -8,7 +8,9 @@ from pathlib import Path
 REQUIRED = (
     "gte_rag/py.typed",
     "gte_rag/gte_mini/config.json",
-    "gte_rag/gte_mini/model.safetensors",
+    "gte_rag/gte_mini/model.safetensors.index.json",
+    "gte_rag/gte_mini/model-00001-of-00002.safetensors",
+    "gte_rag/gte_mini/model-00002-of-00002.safetensors",
     "gte_rag/gte_mini/tokenizer.json",
     "gte_rag/gte_mini/MODEL_CARD.md",
     "gte_rag/demo_data/documents.jsonl",

@@ -51,6 +51,7 @@ def open_collection(folder: str) -> HybridCollection:
 def index(folder: str, first: int, edition: int, done: Connection) -> None:
     """Write groups of documents from `first` on and report each after it is written."""
     collection = open_collection(folder)
+    done.send("open")
     for start in range(first, DOCUMENTS, GROUP):
         numbers = range(start, min(start + GROUP, DOCUMENTS))
         collection.upsert(
@@ -120,6 +121,8 @@ def main() -> None:
             child = fork.Process(target=index, args=(str(folder), reported, edition, send))
             child.start()
             send.close()
+            if rng.random() < 0.9:  # mostly while it writes, sometimes while it opens
+                receive.poll(60)
             time.sleep(rng.uniform(0.05, 1.5))
             if child.is_alive():
                 os.kill(cast(int, child.pid), signal.SIGKILL)

@@ -257,7 +257,11 @@ def convert(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a checkpoint in the native layout, which `transformers` and `sentence-transformers` load without remote code.
 
@@ -267,6 +271,8 @@ def save_checkpoint(
         checkpoint: What to write.
         folder: A folder that does not exist yet, or is empty.
         dtype: Dtype of the weights in the file; None keeps each as it is.
+        max_shard_bytes: Spread the weights over several files, each with at most so many bytes of them; a larger parameter gets
+            a file of its own. None: one file.
 
     Raises:
         ValueError: The folder is not empty, the dtype is too narrow for a weight, or the native layout cannot express the
@@ -297,10 +303,33 @@ def save_checkpoint(
         for name in _TOKENIZER_FILES:
             if name == "tokenizer.json" or (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, draft / name)
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        _write_tensors(tensors, draft, max_shard_bytes)
         if target.exists():
             target.rmdir()  # checked above: empty
         draft.rename(target)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int | None) -> None:
+    """Write ``model.safetensors``, or shards and the index that names them."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if max_shard_bytes is not None and shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    files = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_target(folder: str | os.PathLike[str]) -> Path:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 import gte_rag.checkpoint
 from checkpoints import TEXTS, Variant, build, find_variant
 from gte_rag import CheckpointError, GTEEncoder
-from gte_rag.checkpoint import load_checkpoint
+from gte_rag.checkpoint import load_checkpoint, save_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -494,6 +494,23 @@ def test_a_saved_checkpoint_loads_as_the_same_model(tmp_path: Path, name: str) -
     assert config["model_type"] == "gte"
     assert config["architectures"] == ["GteForTokenClassification" if encoder.has_sparse else "GteModel"]
     assert config["dtype"] == find_variant(name).dtype
+
+
+def test_weights_can_be_spread_over_files_of_a_size(folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    limit = 40_000
+    save_checkpoint(checkpoint, tmp_path / "shards", max_shard_bytes=limit)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    sizes = [[tensor.nbytes for tensor in load_file(file).values()] for file in files]
+    assert len(files) > 1
+    assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    assert_same_vectors(load(tmp_path / "shards"), load(folder))
+    assert load(tmp_path / "shards").fingerprint == load(folder).fingerprint
 
 
 def test_the_bundled_model_can_be_saved(encoder: GTEEncoder, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_help_and_version_do_not_import_torch_or_chroma() -> None:
         (["search", "x", "--db", "d", "--where", "[1]"], "is a JSON list; give a JSON object"),
         (["encode", "x", "--no-dense", "--no-sparse"], "leave nothing to print"),
         (["encode", "x", "--query", "--document"], "not allowed with"),
-        (["encode", "x", "--dimension", "32"], "dimension is 32; this model gives dense vectors of 64 to 256"),
+        (["encode", "x", "--dimension", "32"], "dimension is 32; this model gives dense vectors of 64 to 384"),
         (["encode", "x", "--device", "warp"], "device 'warp' is not available"),
     ],
 )
@@ -498,7 +498,7 @@ def test_info_tells_what_the_model_is(run: Run, encoder: GTEEncoder) -> None:
     assert told["gte-rag"] == gte_rag.__version__
     assert told["model"] == "gte-mini"
     assert told["fingerprint"] == encoder.fingerprint
-    assert told["dimension"] == "256, or 64 and more"
+    assert told["dimension"] == "384, or 64 and more"
     assert told["sparse head"] == "yes"
     assert told["parameters"].replace(",", "") == str(encoder.num_parameters)
 

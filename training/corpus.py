@@ -22,7 +22,9 @@ class Pair(NamedTuple):
     """Two texts that belong together: a question and its passage, or a sentence and its translation."""
 
     source: str
+    first_language: str
     first: str
+    second_language: str
     second: str
 
 
@@ -33,34 +35,34 @@ def lines(path: Path) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield every single text as (source, text); the source is ``part/file`` without its endings."""
-    for part in ("mono", "parallel", "qa_pairs", "queries"):
-        for path in sorted((folder / part).glob("*.zst")):
-            source = f"{part}/{path.name.split('.txt')[0].split('.tsv')[0]}"
+def texts(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield every single text as (source, language, text); the source is ``part/name``."""
+    for part in ("mono", "queries"):
+        for path in sorted((folder / part).glob("*.txt.zst")):
             for line in lines(path):
-                if part == "parallel":
-                    first_language, second_language, first, second = line.split("\t")
-                    yield f"{source}.{first_language}", first
-                    yield f"{source}.{second_language}", second
-                elif part == "qa_pairs":
-                    for text in line.split("\t"):
-                        yield source, text
-                else:
-                    yield source, line
+                yield part, path.name.removesuffix(".txt.zst"), line
+    for pair in question_pairs(folder):
+        yield pair.source, pair.first_language, pair.first
+        yield pair.source, pair.second_language, pair.second
+    for pair in translation_pairs(folder):
+        source = pair.source.rpartition(".")[0]
+        yield source, pair.first_language, pair.first
+        yield source, pair.second_language, pair.second
 
 
 def question_pairs(folder: Path) -> Iterator[Pair]:
-    """Yield question-passage pairs."""
+    """Yield question-passage pairs, source ``qa_pairs/NAME``."""
     for path in sorted((folder / "qa_pairs").glob("*.tsv.zst")):
+        name, language = path.name.removesuffix(".tsv.zst").split(".")
         for line in lines(path):
             question, passage = line.split("\t")
-            yield Pair(path.name.removesuffix(".tsv.zst"), question, passage)
+            yield Pair(f"qa_pairs/{name}", language, question, language, passage)
 
 
 def translation_pairs(folder: Path) -> Iterator[Pair]:
-    """Yield translation pairs."""
+    """Yield translation pairs, source ``parallel/NAME.LANG1-LANG2``."""
     for path in sorted((folder / "parallel").glob("*.tsv.zst")):
         for line in lines(path):
             first_language, second_language, first, second = line.split("\t")
-            yield Pair(f"{path.name.removesuffix('.tsv.zst')}.{first_language}-{second_language}", first, second)
+            source = f"parallel/{path.name.removesuffix('.tsv.zst')}.{first_language}-{second_language}"
+            yield Pair(source, first_language, first, second_language, second)

@@ -1,8 +1,15 @@
-"""Dense stage: the student learns the teacher's mean-pooled vectors with its first token.
+"""The training run: dense vectors from the teacher, sparse weights by contrast, passages and long documents.
 
-The teacher runs beside the student, on the same text in its own pieces; its vectors are centred and rotated to their principal
-components, so that leading dimensions come first and every prefix of a vector is worth something (Matryoshka,
-arXiv:2205.13147). The loss is the cosine distance at each dimension and the divergence of the similarities within the batch.
+Every step is one of three kinds:
+
+- **texts**: the first token learns the teacher's mean-pooled vector of the same text in the teacher's own pieces. Its vectors
+  are centred and rotated to their principal components, so that leading dimensions come first, and every prefix also learns the
+  similarities of the whole vector within the batch (Matryoshka, arXiv:2205.13147).
+- **pairs**: a question and its passage or a sentence and its translation, among others that share words: the same, and both
+  the vectors and the sparse weights must find the other half.
+- **long**: the target of a document of 600 to 4,096 tokens is the mean over its parts.
+
+The sparse weight of a token starts as its rarity in its language, then contrast takes over.
 
     python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
 
@@ -14,92 +21,152 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import corpus
 import numpy as np
 import torch
+from grid import rounded_layers
+from mixture import Pairs, Text, Texts, long_document, round_length, seeded, text_batches
 from student import Student, config_from
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-DIMENSIONS = (96, 192, 384)
+DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
+SPECIALS = 4
+_PAIRS, _LONG = 0.22, 0.03  # shares of steps
+_PAIR_BATCH = 40
 _TEMPERATURE = 0.05
+_SIMILARITY = 0.15  # weight of the divergence of similarities
+_CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 1.0
 _CLIP = 1.0
+_ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
 _BETAS = (0.9, 0.98)
 
 
-def seeded(seed: int) -> random.Random:
-    """Return a source of chance that is the same in every run."""
-    return random.Random(seed)  # noqa: S311 - not for secrets
+class Run:
+    """Models, data and the loss of each kind of step."""
+
+    def __init__(self, start: dict[str, Tensor], folder: Path, longest: int) -> None:
+        """Read the data and build the models from what `prepare.py` wrote."""
+        self.start, self.longest = start, longest
+        self.tokenizer = Tokenizer.from_str(start["tokenizer"])
+        self.teacher_tokenizer = Tokenizer.from_str(start["teacher_tokenizer"])
+        self.teacher = Teacher()
+        self.teacher.prepare(torch.bfloat16)
+        self.student = Student(config_from(start["shape"]))
+        self.student.load_state_dict(start["weights"])
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))  # log of what a sparse score is worth in the contrast
+        self.texts = Texts(folder)
+        self.pairs = Pairs(folder, self.tokenizer)
+        rare = self.texts.inverse_frequencies(self.tokenizer)
+        self.rare = {language: torch.from_numpy(values) for language, values in rare.items()}
+
+    def targets(self, texts: Sequence[str]) -> Tensor:
+        """Return the teacher's vectors of texts, centred and rotated: float32 (texts, C)."""
+        return self._turned(self.teacher.embed(tokenize(self.teacher_tokenizer, texts, 512)))
+
+    def _turned(self, raw: np.ndarray) -> Tensor:
+        unit = functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=1)
+        return (unit - self.start["mean"]) @ self.start["rotation"].T
+
+    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return last hidden states, padded ids and which are real."""
+        width = max(map(len, ids))
+        padded = torch.tensor([[*row, *[1] * (width - len(row))] for row in ids])
+        real = padded != 1
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.student(padded, None if bool(real.all()) else real), padded, real
+
+    def rarity(self, hidden: Tensor, ids: Tensor, real: Tensor, languages: Sequence[str]) -> Tensor:
+        """Return how far the sparse weights are from the rarity of their tokens."""
+        target = torch.stack([self.rare[language][row] for language, row in zip(languages, ids, strict=True)])
+        ordinary = real & (ids >= SPECIALS)
+        raw = self.student.classifier(hidden).squeeze(-1)
+        return functional.mse_loss(raw[ordinary], target[ordinary])
+
+    def sparse(self, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """Return sparse vectors over the vocabulary; of repeated tokens the largest weight counts."""
+        weights = self.student.token_weights(hidden) * (real & (ids >= SPECIALS))
+        out = torch.zeros(len(ids), self.student.config.vocab_size)
+        return out.scatter_reduce(1, ids, weights, "amax")
+
+    def text_loss(self, texts: Sequence[Text], ids: Sequence[Sequence[int]], anchor: float) -> tuple[Tensor, float]:
+        """Return the loss of single texts and their cosine to the teacher."""
+        targets = self.targets([text.text for text in texts])
+        hidden, padded, real = self.encode(ids)
+        value = distillation(hidden[:, 0], targets)
+        value = value + anchor * self.rarity(hidden, padded, real, [text.language for text in texts])
+        return value, cosine(hidden[:, 0], targets)
+
+    def pair_loss(self, rng: random.Random, anchor: float) -> tuple[Tensor, float]:
+        """Return the loss of pairs, and the share of them that the sparse vectors find."""
+        pairs = self.pairs.draw(_PAIR_BATCH, rng)
+        first, second = [pair.first[:1600] for pair in pairs], [pair.second[:1600] for pair in pairs]
+        q_targets, p_targets = self.targets(first), self.targets(second)
+        q = self.encode(tokenize(self.tokenizer, first, 96))
+        p = self.encode(tokenize(self.tokenizer, second, self.longest))
+        value = 0.5 * (distillation(q[0][:, 0], q_targets) + distillation(p[0][:, 0], p_targets))
+        wanted = torch.arange(len(pairs))
+        teacher = functional.normalize(q_targets, dim=1) @ functional.normalize(p_targets, dim=1).T / _TEMPERATURE
+        for dimension, weight in DIMENSIONS.items():
+            scores = unit(q[0][:, 0], dimension) @ unit(p[0][:, 0], dimension).T / _TEMPERATURE
+            value = value + weight * _CONTRAST * functional.cross_entropy(scores, wanted)
+            value = value + weight * _SIMILARITY * divergence(scores, teacher)
+        scores = self.scale.exp() * self.sparse(*q) @ self.sparse(*p).T
+        loss = functional.cross_entropy(scores, wanted) + functional.cross_entropy(scores.T, wanted)
+        value = value + 0.5 * _SPARSE * loss
+        value = value + 0.5 * anchor * self.rarity(*q, [pair.first_language for pair in pairs])
+        value = value + 0.5 * anchor * self.rarity(*p, [pair.second_language for pair in pairs])
+        return value, float((scores.argmax(1) == wanted).float().mean())
+
+    def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, float]:
+        """Return the loss of a few long documents and their cosine to the mean of their parts."""
+        length = int(2 ** rng.uniform(9.3, 12))
+        documents = [long_document(self.texts, length, rng)[1] for _ in range(max(2, tokens // length))]
+        ids = tokenize(self.tokenizer, [" ".join(parts) for parts in documents], length)
+        shortest = round_length(min(map(len, ids)))
+        ids = [row[: shortest - 1] + row[-1:] for row in ids]
+        targets = []
+        for parts, row in zip(documents, ids, strict=True):
+            pieces = tokenize(self.teacher_tokenizer, [" ".join(parts)], 1 << 20)[0]
+            pieces = pieces[: max(8, len(pieces) * len(row) // len(self.tokenizer.encode(" ".join(parts)).ids))]
+            raw = self.teacher.embed([pieces[i : i + 400] for i in range(0, max(1, len(pieces) - 100), 400)])
+            turned = functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=1).mean(0, keepdim=True)
+            targets.append((turned - self.start["mean"]) @ self.start["rotation"].T)
+        target = torch.cat(targets)
+        hidden, _, _ = self.encode(ids)
+        return distillation(hidden[:, 0], target), cosine(hidden[:, 0], target)
 
 
-def mixture(folder: Path, seed: int, longest: int = 900) -> list[str]:
-    """Return training texts, shuffled: passages and questions whole, of everything else a share by source."""
-    rng = seeded(seed)
-    sources: dict[str, list[str]] = {}
-    for source, text in corpus.texts(folder):
-        sources.setdefault(source, []).append(text[:longest])
-    chosen: list[str] = []
-    for source in sorted(sources):
-        texts = sources[source]
-        part = source.split("/")[0]
-        share = {"mono": len(texts) ** 0.6, "parallel": 1.5 * len(texts) ** 0.7, "queries": 4 * len(texts) ** 0.7}
-        size = len(texts) if part == "qa_pairs" and "tldr" not in source else int(share.get(part, len(texts) ** 0.8))
-        chosen += rng.sample(texts, min(size, len(texts)))
-    rng.shuffle(chosen)
-    return chosen
+def unit(vectors: Tensor, dimension: int) -> Tensor:
+    """Return leading dimensions, at length 1."""
+    return functional.normalize(vectors[:, :dimension], dim=1)
 
 
-def batches(
-    texts: list[str], tokenizer: Tokenizer, tokens: int, longest: int, rng: random.Random
-) -> Iterator[list[int]]:
-    """Yield positions of texts of one token length, over and over; a few last tokens are dropped to make lengths equal."""
-    while True:
-        order = list(range(len(texts)))
-        rng.shuffle(order)
-        for start in range(0, len(order), 8192):
-            window = order[start : start + 8192]
-            by_length: dict[int, list[int]] = {}
-            for position, ids in zip(window, tokenize(tokenizer, [texts[i] for i in window], longest), strict=True):
-                by_length.setdefault(round_length(len(ids)), []).append(position)
-            ready = []
-            for length, members in by_length.items():
-                size = max(8, tokens // length)
-                ready += [
-                    members[i : i + size] for i in range(0, len(members), size) if len(members[i : i + size]) >= 8
-                ]
-            rng.shuffle(ready)
-            yield from ready
+def cosine(vectors: Tensor, targets: Tensor) -> float:
+    """Return the mean cosine."""
+    return float((functional.normalize(vectors.detach(), dim=1) * functional.normalize(targets, dim=1)).sum(1).mean())
 
 
-def round_length(length: int) -> int:
-    """Return the length a text is cut to: exact when short, a multiple of 8 or 16 above."""
-    step = 1 if length <= 32 else 4 if length <= 64 else 8 if length <= 128 else 16
-    return length // step * step
+def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Return how far the student's similarities are from the teacher's, row by row."""
+    return functional.kl_div(scores.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
 
 
-def cut(ids: list[list[int]]) -> Tensor:
-    """Return ids of texts of nearly the same length as one tensor; the closing token stays."""
-    length = min(round_length(len(row)) for row in ids)
-    return torch.tensor([row if len(row) == length else row[: length - 1] + row[-1:] for row in ids])
-
-
-def loss(vectors: Tensor, targets: Tensor) -> Tensor:
-    """Return cosine distance plus divergence of in-batch similarities, averaged over the dimensions."""
+def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
+    """Return cosine distance to the targets' prefixes plus divergence from the whole targets' similarities."""
     total = torch.zeros(())
-    for dimension in DIMENSIONS:
-        v = functional.normalize(vectors[:, :dimension], dim=1)
-        t = functional.normalize(targets[:, :dimension], dim=1)
-        total = total + (1 - (v * t).sum(1)).mean()
-        student, teacher = (v @ v.T / _TEMPERATURE).fill_diagonal_(-1e4), (t @ t.T / _TEMPERATURE).fill_diagonal_(-1e4)
-        total = total + 0.1 * functional.kl_div(
-            student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
-        )
-    return total / len(DIMENSIONS)
+    whole = unit(targets, targets.shape[1])
+    teacher = (whole @ whole.T / _TEMPERATURE).fill_diagonal_(-1e4)
+    for dimension, weight in DIMENSIONS.items():
+        v = unit(vectors, dimension)
+        total = total + weight * (1 - (v * unit(targets, dimension)).sum(1)).mean()
+        if len(v) > 2:
+            total = total + weight * _SIMILARITY * divergence((v @ v.T / _TEMPERATURE).fill_diagonal_(-1e4), teacher)
+    return total / sum(DIMENSIONS.values())
 
 
 def main() -> None:
@@ -110,28 +177,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=90, help="length of the whole run, resumed parts together")
     parser.add_argument("--batch-tokens", type=int, default=6144)
-    parser.add_argument("--longest", type=int, default=256, help="tokens of the longest text")
+    parser.add_argument("--longest", type=int, default=320, help="tokens of the longest text")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--embedding-lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
-    start = torch.load(args.start, weights_only=True)
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer.from_str(start["tokenizer"])
-    teacher_tokenizer = Tokenizer.from_str(start["teacher_tokenizer"])
-    teacher = Teacher()
-    teacher.prepare(torch.bfloat16)
-    student = Student(config_from(start["shape"]))
-    student.load_state_dict(start["weights"])
-    groups = [
-        {"params": [student.word_embeddings.weight], "lr": args.embedding_lr, "weight_decay": 0.0},
-        {
-            "params": [p for n, p in student.named_parameters() if n.startswith(("layers", "embeddings_ln"))],
-            "lr": args.lr,
-        },
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.01)
+    run = Run(torch.load(args.start, weights_only=True), args.data, args.longest)
+    student = run.student
+    body = [p for n, p in student.named_parameters() if n.startswith(("layers", "embeddings_ln"))]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [student.word_embeddings.weight], "lr": args.embedding_lr},
+            {"params": body, "lr": args.lr},
+            {"params": [*student.classifier.parameters(), run.scale], "lr": 1e-3},
+        ],
+        betas=_BETAS,
+        weight_decay=0.0,
+        fused=True,
+    )
     base = [group["lr"] for group in optimizer.param_groups]
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "state.pt"
@@ -140,51 +205,51 @@ def main() -> None:
         state = torch.load(state_file, weights_only=True)
         student.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        run.scale.data = state["scale"]
         spent, step, seen = state["spent"], state["step"], state["seen"]
-    texts = mixture(args.data, args.seed)
-    print(f"{len(texts)} texts, resuming at step {step}", flush=True)
-    stream = batches(texts, tokenizer, args.batch_tokens, args.longest, seeded(args.seed + step))
-    began, saved, running = time.monotonic() - spent, time.monotonic(), []
-    for members in stream:
-        spent = time.monotonic() - began
+    print(f"{len(run.texts.languages)} languages, resuming at step {step}", flush=True)
+    rng = seeded(args.seed + step)
+    stream = text_batches(run.texts, run.tokenizer, args.batch_tokens, args.longest, rng)
+    saved, notes = time.monotonic(), {"texts": [], "pairs": [], "long": []}  # type: ignore[var-annotated]
+    while spent < 60 * args.minutes:
+        began = time.monotonic()
         share = spent / (60 * args.minutes)
-        if share >= 1:
-            break
-        ids = cut(tokenize(tokenizer, [texts[i] for i in members], args.longest))
-        raw = torch.from_numpy(
-            teacher.embed(tokenize(teacher_tokenizer, [texts[i] for i in members], 384)).astype(np.float32)
-        )
-        targets = (functional.normalize(raw, dim=1) - start["mean"]) @ start["rotation"].T
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * min(1.0, (step + 1) / 30) * (1 - share)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = student(ids)
-        value = loss(hidden[:, 0], targets)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        anchor = _RARITY * (1 - 0.8 * share)
+        draw = rng.random()
+        kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
+        with rounded_layers(student, share >= _ROUNDED_FROM):
+            if kind == "texts":
+                texts, ids = next(stream)
+                value, figure = run.text_loss(texts, ids, anchor)
+                seen += len(texts)
+            elif kind == "pairs":
+                value, figure = run.pair_loss(rng, anchor)
+                seen += 2 * _PAIR_BATCH
+            else:
+                value, figure = run.long_loss(rng, args.batch_tokens)
+                seen += 2
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), _CLIP)
         optimizer.step()
-        step, seen = step + 1, seen + len(members)
-        cosine = (
-            (functional.normalize(hidden[:, 0].detach(), dim=1) * functional.normalize(targets, dim=1)).sum(1).mean()
-        )
-        running.append((float(value.detach()), float(cosine)))
-        if step % 20 == 0:
-            mean = np.mean(running, axis=0)
-            print(
-                f"{spent / 60:6.1f} min  step {step}  texts {seen}  loss {mean[0]:.4f}  cosine {mean[1]:.4f}",
-                flush=True,
-            )
-            running.clear()
-        if time.monotonic() - saved > 180:
-            _save(state_file, student, optimizer, spent, step, seen)
+        step += 1
+        notes[kind].append((float(value.detach()), figure))
+        spent += time.monotonic() - began
+        if step % 25 == 0:
+            means = "  ".join("{} {:.3f} {:.3f}".format(k, *np.mean(v, axis=0)) for k, v in notes.items() if v)
+            print(f"{spent / 60:6.1f} min  step {step}  seen {seen}  {means}", flush=True)
+            notes = {kind: [] for kind in notes}
+        if time.monotonic() - saved > 240:
+            _save(state_file, run, optimizer, spent, step, seen)
             saved = time.monotonic()
-    _save(state_file, student, optimizer, spent, step, seen)
+    _save(state_file, run, optimizer, spent, step, seen)
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, spent: float, step: int, seen: int) -> None:
+def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, spent: float, step: int, seen: int) -> None:
     draft = path.with_suffix(".draft")
-    state = {"weights": student.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"weights": run.student.state_dict(), "optimizer": optimizer.state_dict(), "scale": run.scale.data}
     torch.save(state | {"spent": spent, "step": step, "seen": seen}, draft)
     draft.rename(path)
 

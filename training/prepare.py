@@ -8,17 +8,17 @@ python training/sparse_head.py --data FOLDER --start start.pt --state run/state.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import corpus
 import numpy as np
 import torch
 import vocabulary
-from distil import seeded
+from mixture import Texts, seeded
 from student import CONSTANT, config_from, transplant
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
@@ -26,42 +26,42 @@ from torch import Tensor
 from torch.nn import functional
 
 _LANGUAGE_POWER = 0.3  # a language's counts are divided by its tokens to this power: small ones keep their pieces
-_LINES = {"mono": 60, "parallel": 4000, "qa_pairs": 80, "queries": 60}  # of each source in the sample
-_STATED = 1500  # texts of the sample whose hidden states are looked at, too
+_XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
+_SAMPLE, _STATED = 12_000, 1500  # texts whose vectors, and whose hidden states are looked at
+SPECIALS = len(vocabulary.SPECIALS)
 
 
-def count_pieces(folder: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """Count pieces over all training text, each language damped by its size."""
-    by_language: dict[str, Counter[int]] = {}
-    waiting: dict[str, list[str]] = {}
-    for source, text in corpus.texts(folder):
-        language = source.split("/")[1].split(".")[-1]
-        texts = waiting.setdefault(language, [])
-        texts.append(text)
-        if len(texts) == 20_000:
-            by_language.setdefault(language, Counter()).update(vocabulary.count(tokenizer, waiting.pop(language)))
-    for language, texts in waiting.items():
-        by_language.setdefault(language, Counter()).update(vocabulary.count(tokenizer, texts))
+def count_pieces(texts: Texts, tokenizer: Tokenizer, scores: Sequence[float], most: int = 60_000) -> Counter[int]:
+    """Count pieces over all training text, each language damped by its size, and mix with XLM-R's own frequencies.
+
+    The training text is small: a piece it lacks may be common elsewhere, which XLM-R's scores know.
+    """
+    rng = seeded(0)
     counts: Counter[int] = Counter()
-    for one in by_language.values():
-        damping = one.total() ** _LANGUAGE_POWER
+    for parts in texts.pools.values():
+        members = [text for part in parts.values() for text in part]
+        chosen = rng.sample(members, min(most, len(members)))
+        one = vocabulary.count(tokenizer, chosen)
+        weight = len(members) / len(chosen) / (one.total() * len(members) / len(chosen)) ** _LANGUAGE_POWER
         for piece, number in one.items():
-            counts[piece] += number / damping  # type: ignore[assignment]
+            counts[piece] += number * weight  # type: ignore[assignment]
+    reachable = {i: math.exp(score) for i, score in enumerate(scores) if i >= SPECIALS and lower(tokenizer, i)}
+    share = _XLMR_SHARE * counts.total() / sum(reachable.values())
+    for piece, frequency in reachable.items():
+        counts[piece] += frequency * share  # type: ignore[assignment]
     return counts
 
 
-def sample(folder: Path, seed: int) -> list[str]:
-    """Return texts of all sources and languages, shuffled."""
+def lower(tokenizer: Tokenizer, piece: int) -> bool:
+    """Tell whether a piece can occur in lower-cased text."""
+    text = tokenizer.id_to_token(piece)
+    return text == text.lower()
+
+
+def sample(texts: Texts, seed: int, size: int) -> list[str]:
+    """Return texts and passages of all languages, as training draws them."""
     rng = seeded(seed)
-    by_source: dict[str, list[str]] = {}
-    for source, text in corpus.texts(folder):
-        by_source.setdefault(source, []).append(text)
-    chosen: list[str] = []
-    for source in sorted(by_source):
-        texts = by_source[source]
-        chosen += rng.sample(texts, min(len(texts), _LINES[source.split("/")[0]]))
-    rng.shuffle(chosen)
-    return chosen
+    return [texts.draw(rng).text for _ in range(size)]
 
 
 @torch.inference_mode()
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the training folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vocabulary", type=int, default=64_000, help="pieces")
+    parser.add_argument("--vocabulary", type=int, default=112_000, help="pieces")
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 5, 6, 8, 9, 10, 11], help="of the teacher's"
     )
@@ -120,10 +120,12 @@ def main() -> None:
     teacher = Teacher()
     pieces = [piece.decode() for piece in teacher.pieces]
     whole = vocabulary.build(pieces, teacher.scores)
-    kept = vocabulary.select(pieces, count_pieces(args.data, whole), args.vocabulary)
-    tokenizer = vocabulary.build([pieces[i] for i in kept], [teacher.scores[i] for i in kept])
+    texts = Texts(args.data)
+    lowercase = vocabulary.build(pieces, teacher.scores, lowercase=True)
+    kept = vocabulary.select(pieces, count_pieces(texts, lowercase, teacher.scores), args.vocabulary)
+    tokenizer = vocabulary.build([pieces[i] for i in kept], [teacher.scores[i] for i in kept], lowercase=True)
     teacher.prepare()
-    seen = statistics(teacher, tokenize(whole, sample(args.data, args.seed), 160))
+    seen = statistics(teacher, tokenize(whole, sample(texts, args.seed, _SAMPLE), 160))
     shape: dict[str, Any] = {
         "vocab_size": len(kept),
         "hidden_size": teacher.hidden_size,

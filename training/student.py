@@ -7,7 +7,7 @@ The transplant gives a student that agrees with its teacher before any training 
 - Attention weights copy as they are. Absolute positions have no place here; their mean goes into the word embeddings.
 - The gated MLP has no bias and multiplies two branches; the teacher's plain one has a bias and one branch. One channel of the
   hidden state, the least informative, is held constant (LayerNorm weight 0, bias C), so that its column carries the bias of the
-  gate, and a constant 1 in the other branch, which then is free to learn.
+  gate, and a constant 1 in the other branch. That branch stays as it is, so training does not compute it (`Layer.plain`).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and rotates to the
   principal components of the teacher's vectors. So the first token holds the mean-pooled vector, leading dimensions first.
 """
@@ -31,9 +31,10 @@ _RESIDUAL = 0.25  # share of the first token's own state beside the pooled vecto
 class Layer(nn.Module):
     """One post-LayerNorm layer; parameters named as in `gte_rag.model`."""
 
-    def __init__(self, config: GTEConfig) -> None:
+    def __init__(self, config: GTEConfig, plain: bool) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        self.plain = plain
         self.num_heads = config.num_heads
         self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(width, 3 * width), "o_proj": nn.Linear(width, width)})
         self.attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -41,22 +42,46 @@ class Layer(nn.Module):
             {"up_gate_proj": nn.Linear(width, 2 * inner, bias=False), "down_proj": nn.Linear(inner, width)}
         )
         self.mlp_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if plain:
+            for parameter in (*self.attn_ln.parameters(), *self.mlp_ln.parameters()):
+                parameter.register_hook(_but_constant)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Apply the layer: (texts, length, C) -> the same."""
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None) -> Tensor:
+        """Apply the layer: (texts, length, C) -> the same; only tokens that are `real` are attended to."""
         texts, length, width = hidden.shape
         qkv = self.attention["qkv_proj"](hidden).view(texts, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(texts, length, width)
+        mixed = _attend(q, k, v, real).transpose(1, 2).reshape(texts, length, width)
         hidden = self.attn_ln(hidden + self.attention["o_proj"](mixed))
-        up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
-        return self.mlp_ln(hidden + self.mlp["down_proj"](functional.gelu(gate) * up))
+        if self.plain:
+            weight = self.mlp["up_gate_proj"].weight
+            inner = functional.gelu(functional.linear(hidden, weight[len(weight) // 2 :]))
+        else:
+            up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
+            inner = functional.gelu(gate) * up
+        return self.mlp_ln(hidden + self.mlp["down_proj"](inner))
 
 
 def config_from(shape: Mapping[str, Any]) -> GTEConfig:
     """Return the configuration that `prepare.py` wrote down as plain values."""
     return GTEConfig(**{**shape, "rope_scaling": RotaryScaling(**shape["rope_scaling"])})
+
+
+def _but_constant(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient[CONSTANT] = 0
+    return gradient
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """Attention of (texts, heads, length, C / heads); spelled out for short texts, where that is twice as fast on a CPU."""
+    if q.shape[2] > 512:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=real)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    if real is not None:
+        scores = scores.masked_fill(~real, float("-inf"))
+    return torch.matmul(scores.softmax(-1), v)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,19 +97,26 @@ class Student(nn.Module):
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        last = config.num_layers - 1
+        self.layers = nn.ModuleList(Layer(config, plain=number < last) for number in range(config.num_layers))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.frequencies = config.inverse_frequencies()
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Return the last hidden states of texts of equal length: int64 (texts, length) -> (texts, length, C)."""
+    def forward(self, token_ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """Return the last hidden states: int64 (texts, length) -> (texts, length, C).
+
+        Args:
+            token_ids: Ids of the texts.
+            real: bool, of the same shape: which tokens are no padding; None when all are.
+        """
         angles = torch.arange(token_ids.shape[1]).float()[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         hidden = self.embeddings_ln(self.word_embeddings(token_ids))
         if torch.is_autocast_enabled("cpu"):
             cos, sin, hidden = cos.bfloat16(), sin.bfloat16(), hidden.bfloat16()
+        mask = None if real is None else real[:, None, None, :]
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin)
+            hidden = layer(hidden, cos, sin, mask)
         return hidden.float()
 
     def token_weights(self, hidden: Tensor) -> Tensor:

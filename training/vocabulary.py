@@ -18,7 +18,7 @@ _DROPPED = r"[\x{00}-\x{08}\x{0b}\x{0e}-\x{1f}\x{7f}\x{8f}\x{9f}]"
 _SPACES = r"[\t\n\f\r\x{1680}\x{200b}-\x{200f}\x{2028}\x{2029}\x{2581}\x{feff}\x{fffd}]"
 
 
-def build(pieces: Sequence[str], scores: Sequence[float]) -> Tokenizer:
+def build(pieces: Sequence[str], scores: Sequence[float], lowercase: bool = False) -> Tokenizer:
     """Return the tokenizer of these pieces, of which the first four are `SPECIALS`."""
     if tuple(pieces[:4]) != SPECIALS:
         raise ValueError(f"the first pieces are {pieces[:4]}; they must be {SPECIALS}")
@@ -28,6 +28,7 @@ def build(pieces: Sequence[str], scores: Sequence[float]) -> Tokenizer:
             normalizers.Replace(Regex(_DROPPED), ""),
             normalizers.Replace(Regex(_SPACES), " "),
             normalizers.NFKC(),
+            *([normalizers.Lowercase()] if lowercase else []),
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Strip(),
         ]

@@ -233,7 +233,7 @@ async def test_getting_documents(store: GTEChroma) -> None:
     found = store.get(["rust"])
     assert found["documents"] == [DOCUMENTS[1].page_content]
     assert found["metadatas"] == [DOCUMENTS[1].metadata]
-    assert store.get(where={"lang": "zh"}, include=["embeddings"])["embeddings"].shape == (1, 256)
+    assert store.get(where={"lang": "zh"}, include=["embeddings"])["embeddings"].shape == (1, 384)
     assert len(store.get(limit=2, offset=1)["ids"]) == 2
 
 

@@ -1,0 +1,86 @@
+"""Last stage: the finished run as a checkpoint in the native layout, its weights on a coarse grid.
+
+A wheel deflates its files. float16 weights do not deflate: their low bytes are noise. Rounded to whole multiples of a step, at
+most three significant bits each, every low byte is zero and a weight takes four to five bits, for a loss this stage prints.
+
+    python training/export.py --start start.pt --state run/state.pt --out gte-mini/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from distil import DIMENSIONS
+from grid import EMBEDDING_STEPS, STEPS, coarse
+from student import config_from
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gte_rag.checkpoint import Checkpoint, save_checkpoint
+from gte_rag.config import GTEConfig
+
+TOKENIZER_CONFIG = {
+    "backend": "tokenizers",
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "model_max_length": 8192,
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "tokenizer_class": "TokenizersBackend",
+    "unk_token": "<unk>",
+}
+
+
+def deflated(tensor: Tensor) -> int:
+    """Return the bytes that a float16 copy takes in a wheel."""
+    return len(zlib.compress(tensor.half().numpy().tobytes(), 6))
+
+
+def main() -> None:
+    """Write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--state", type=Path, required=True, help="state.pt of distil.py")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--steps", type=float, default=STEPS, help="of the grid of the layers, to a standard deviation")
+    parser.add_argument(
+        "--embedding-steps", type=float, default=EMBEDDING_STEPS, help="the same of the word embeddings"
+    )
+    args = parser.parse_args()
+
+    start = torch.load(args.start, weights_only=True)
+    trained: dict[str, Tensor] = torch.load(args.state, weights_only=True)["weights"]
+    head = (trained.pop("classifier.weight"), trained.pop("classifier.bias"))
+    size, noise = 0, []
+    for name, tensor in trained.items():
+        if tensor.ndim == 2:
+            words = name == "word_embeddings.weight"
+            rounded = coarse(tensor, args.embedding_steps if words else args.steps, per_row=words)
+            if not words:
+                noise.append(float((rounded - tensor).norm() / tensor.norm()))
+            trained[name] = rounded
+            size += deflated(rounded)
+        else:
+            size += 2 * tensor.numel()
+    config: GTEConfig = config_from({**start["shape"], "matryoshka_dimensions": (64, *DIMENSIONS)})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = Tokenizer.from_str(start["tokenizer"])
+        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
+        size += len(zlib.compress((folder / "tokenizer.json").read_bytes(), 6))
+        checkpoint = Checkpoint(folder, config, tokenizer, frozenset(range(4)), {}, trained, head, "")
+        save_checkpoint(checkpoint, args.out, dtype=torch.float16, max_shard_bytes=90_000_000)
+    print(
+        f"{args.out}: {size / 1e6:.1f} MB deflated; rounding error of the layers {max(noise):.3f} of a matrix at most"
+    )
+
+
+if __name__ == "__main__":
+    main()

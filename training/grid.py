@@ -1,0 +1,49 @@
+"""Rounding to a coarse grid, so that weights deflate in a wheel, and training that knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from student import CONSTANT, Student
+from torch import Tensor
+
+STEPS, EMBEDDING_STEPS = 8.0, 2.4  # of the grid, to a standard deviation
+
+
+def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
+    """Round to multiples of a power of two.
+
+    Args:
+        weights: float32, (rows, columns). Column `CONSTANT`, which carries biases, and zeros stay as they are.
+        steps: About how many steps make a standard deviation: within a factor of the square root of two, exact with `per_row`.
+        per_row: Bring every row to the same standard deviation first; only for rows that a LayerNorm reads.
+
+    Returns:
+        float32 of the same shape, at most three significant bits each.
+    """
+    if per_row:
+        weights = weights - weights.mean(1, keepdim=True)  # LayerNorm takes it off
+        step = 2.0**-6
+        weights = weights / weights.std(1, keepdim=True).clamp(min=1e-8) * (steps * step)
+    else:
+        step = 2.0 ** round(float(torch.log2(weights[weights != 0].std() / steps)))
+    levels = weights / step
+    exponent = torch.floor(torch.log2(levels.abs().clamp(min=1.0))).clamp(min=2.0) - 2  # from 8 steps on: fewer levels
+    rounded = torch.round(levels / 2**exponent) * 2**exponent * step
+    if not per_row:
+        rounded[:, CONSTANT] = weights[:, CONSTANT]
+    return rounded
+
+
+@contextmanager
+def rounded_layers(student: Student, active: bool) -> Iterator[None]:
+    """Let the layers' matrices be rounded within; leave the precise ones for the optimizer."""
+    matrices = [p for n, p in student.named_parameters() if active and p.ndim == 2 and n.startswith("layers.")]
+    precise = [matrix.data for matrix in matrices]
+    for matrix in matrices:
+        matrix.data = coarse(matrix.data, STEPS)
+    yield
+    for matrix, data in zip(matrices, precise, strict=True):
+        matrix.data = data
