@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bulk.add_argument("--columns", nargs="*", metavar="NAME", help="other columns to keep (default: all)")
     bulk.add_argument("--model", metavar="NAME", help="gte-mini, a folder or a Hugging Face id (default: gte-mini)")
-    bulk.add_argument("--precision", default="auto", metavar="NAME", help="float32, bf16 or int8 (default: float32)")
+    bulk.add_argument("--precision", default="auto", metavar="NAME", help="float32, bf16, int8 or auto (default: auto)")
     bulk.add_argument("--dimension", type=_count, metavar="N", help="length of the dense vectors")
     bulk.add_argument(
         "--rows-per-part", type=_count, default=4096, metavar="N", help="rows of a part (default: %(default)s)"

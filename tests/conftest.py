@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def encoder() -> GTEEncoder:
-    """The bundled encoder, loaded once."""
-    return GTEEncoder.from_pretrained()
+    """The bundled encoder in float32, whatever `auto` is here, loaded once."""
+    return GTEEncoder.from_pretrained(precision="float32")
 
 
 @pytest.fixture(scope="session")

@@ -176,10 +176,21 @@ def test_threads_that_share_an_encoder_do_not_disturb_each_other(exact: GTEEncod
             np.testing.assert_allclose(dense, expected[number], rtol=0, atol=1e-6)
 
 
-def test_auto_is_float32_on_every_device() -> None:
-    assert resolve("auto", CPU) == "float32"
-    assert resolve("auto", torch.device("cuda")) == "float32"
-    assert GTEEncoder.from_pretrained(device="cpu").precision == "float32"
+@pytest.mark.parametrize(
+    ("int8", "bf16", "expected"),
+    [(True, True, "int8"), (True, False, "int8"), (False, True, "bf16"), (False, False, "float32")],
+)
+def test_auto_is_the_fastest_that_the_processor_computes(
+    monkeypatch: pytest.MonkeyPatch, int8: bool, bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr(precision, "_has_int8", lambda: int8)
+    monkeypatch.setattr(precision, "_has_bf16", lambda device: bf16)
+    assert resolve("auto", CPU) == expected
+    assert resolve("auto", torch.device("cuda")) == ("bf16" if bf16 else "float32")
+
+
+def test_an_encoder_says_which_precision_auto_was() -> None:
+    assert GTEEncoder.from_pretrained(device="cpu").precision == resolve("auto", CPU)
 
 
 @pytest.mark.parametrize("given", ["float16", "fp32", "INT8", ""])

@@ -52,11 +52,14 @@ def main() -> None:
     parser.add_argument(
         "--embedding-steps", type=float, default=EMBEDDING_STEPS, help="the same of the word embeddings"
     )
+    parser.add_argument(
+        "--sparse-scale", type=float, default=1.0, help="what the sparse weights are multiplied by: balance.py"
+    )
     args = parser.parse_args()
 
     start = torch.load(args.start, weights_only=True)
     trained: dict[str, Tensor] = torch.load(args.state, weights_only=True)["weights"]
-    head = (trained.pop("classifier.weight"), trained.pop("classifier.bias"))
+    head = (args.sparse_scale * trained.pop("classifier.weight"), args.sparse_scale * trained.pop("classifier.bias"))
     size, noise = 0, []
     for name, tensor in trained.items():
         if tensor.ndim == 2:
