@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> GTEEncoder:
-    return GTEEncoder.from_pretrained(folder, device="cpu")
+    return GTEEncoder.from_pretrained(folder, device="cpu", precision="float32")
 
 
 def change_config(folder: Path, **values: Any) -> None:

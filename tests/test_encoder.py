@@ -29,7 +29,7 @@ DENSE_TOLERANCE, SPARSE_TOLERANCE = 1e-6, 5e-6
 
 
 def load(variant: Variant, folder: Path, **options: Any) -> GTEEncoder:
-    return GTEEncoder.from_pretrained(build(variant, folder), device="cpu", **options)
+    return GTEEncoder.from_pretrained(build(variant, folder), **({"device": "cpu", "precision": "float32"} | options))
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_token_weights_are_strings_highest_first(encoder: GTEEncoder) -> None:
     (vector,) = sparse_of(encoder.encode_queries(["What is the capital of France?"]))
     weights = encoder.token_weights(vector)
     assert list(weights.values()) == sorted(weights.values(), reverse=True)
-    assert "France" in weights
+    assert "capital" in weights
     assert not any("▁" in token for token in weights)
 
 
@@ -422,7 +422,7 @@ def test_an_encoder_says_what_it_is(encoder: GTEEncoder) -> None:
     assert len(encoder.fingerprint) == 16
     assert set(encoder.fingerprint) <= set("0123456789abcdef")
     assert encoder.num_parameters > 10_000_000
-    assert repr(encoder) == f"GTEEncoder('gte-mini', dimension=256, device='{encoder.device}', float32)"
+    assert repr(encoder) == f"GTEEncoder('gte-mini', dimension=384, device='{encoder.device}', float32)"
 
 
 def test_other_weights_positions_head_or_vocabulary_change_the_fingerprint(tmp_path: Path) -> None:

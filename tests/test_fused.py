@@ -55,7 +55,7 @@ def test_the_fused_pass_equals_the_one_on_torch_alone(name: str, sparse: bool, t
     if name == "float32":
         np.testing.assert_allclose(joined, apart, rtol=0, atol=2e-6)
     else:
-        assert (joined * apart).sum(axis=1).min() > {"bf16": 0.9995, "int8": 0.999}[name]
+        assert (joined * apart).sum(axis=1).min() > {"bf16": 0.9995, "int8": 0.99}[name]
 
 
 @each_precision

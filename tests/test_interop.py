@@ -44,7 +44,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name: str | Path = request.param
     if name != "gte-mini":
         name = build(find_variant(str(name)), folder / "original")
-    encoder = GTEEncoder.from_pretrained(name, device="cpu")
+    encoder = GTEEncoder.from_pretrained(name, device="cpu", precision="float32")
     encoder.save_pretrained(folder / "saved")
     return encoder, folder / "saved"
 
@@ -58,7 +58,7 @@ def dense(encoder: GTEEncoder, texts: tuple[str, ...] = TEXTS) -> Any:
 
 
 def load(folder: Path) -> GTEEncoder:
-    return GTEEncoder.from_pretrained(folder, device="cpu")
+    return GTEEncoder.from_pretrained(folder, device="cpu", precision="float32")
 
 
 def test_sentence_transformers_gives_the_same_dense_vectors(saved: tuple[GTEEncoder, Path]) -> None:

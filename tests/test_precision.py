@@ -77,7 +77,7 @@ def test_rankings_of_known_translations_survive(lower: str, exact: GTEEncoder) -
     assert full is not None
     assert low is not None
     differences = np.abs(full @ full.T - low @ low.T)
-    assert differences.max() < (0.01 if lower == "bf16" else 0.03)
+    assert differences.max() < (0.01 if lower == "bf16" else 0.04)
 
 
 @each_precision
@@ -176,17 +176,13 @@ def test_threads_that_share_an_encoder_do_not_disturb_each_other(exact: GTEEncod
             np.testing.assert_allclose(dense, expected[number], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("int8", "bf16", "expected"),
-    [(True, True, "int8"), (True, False, "int8"), (False, True, "bf16"), (False, False, "float32")],
-)
-def test_auto_is_the_fastest_that_the_processor_computes(
-    monkeypatch: pytest.MonkeyPatch, int8: bool, bf16: bool, expected: str
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "float32")])
+def test_auto_is_bf16_where_the_hardware_computes_it(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(precision, "_has_int8", lambda: int8)
     monkeypatch.setattr(precision, "_has_bf16", lambda device: bf16)
     assert resolve("auto", CPU) == expected
-    assert resolve("auto", torch.device("cuda")) == ("bf16" if bf16 else "float32")
+    assert resolve("auto", torch.device("cuda")) == expected
 
 
 def test_an_encoder_says_which_precision_auto_was() -> None:

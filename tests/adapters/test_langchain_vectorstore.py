@@ -368,7 +368,7 @@ def test_other_embeddings_are_refused(chroma_client: ClientAPI, encoder: GTEEnco
         GTEChroma(embedding_function=DeterministicFakeEmbedding(size=6), client=chroma_client)
     with pytest.raises(TypeError, match="embedding_function is NoneType; give a langchain_gte"):
         GTEChroma(client=chroma_client)
-    with pytest.raises(ValueError, match="gives 128 dimensions and its encoder 256"):
+    with pytest.raises(ValueError, match="gives 128 dimensions and its encoder 384"):
         GTEChroma(embedding_function=GTEEmbeddings(encoder=encoder, dimension=128), client=chroma_client)
 
 
@@ -388,11 +388,11 @@ def test_bad_queries_are_refused(store: GTEChroma) -> None:
     with pytest.raises(ValueError, match="0 records asked for"):
         store.similarity_search("wall", 0)
     with pytest.raises(
-        ValueError, match=r"the query vector has the shape \(3,\); this collection holds .* dimension 256"
+        ValueError, match=r"the query vector has the shape \(3,\); this collection holds .* dimension 384"
     ):
         store.similarity_search_by_vector([1.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"the query vector has the length 0\.0"):
-        store.similarity_search_by_vector([0.0] * 256)
+        store.similarity_search_by_vector([0.0] * 384)
 
 
 # Collections of langchain_chroma
@@ -469,7 +469,7 @@ def test_another_models_collection_is_refused(chroma_client: ClientAPI, encoder:
         )
 
     with pytest.raises(CollectionMismatchError, match="was filled by another model than"):
-        GTEHybridRetriever.from_chroma(filled(256), encoder=encoder)
+        GTEHybridRetriever.from_chroma(filled(384), encoder=encoder)
     with pytest.raises(CollectionMismatchError, match="holds vectors of dimension 6"):
         GTEHybridRetriever.from_chroma(filled(6), encoder=encoder)
     with pytest.raises(TypeError, match=r"store is str; give a langchain_chroma\.Chroma"):

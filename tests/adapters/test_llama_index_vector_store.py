@@ -492,7 +492,7 @@ def test_a_pipeline_replaces_changed_documents(empty: GTEChromaVectorStore, embe
 
 def test_another_models_embeddings_are_refused(empty: GTEChromaVectorStore) -> None:
     for dimension, message in (
-        (256, r"has an embedding that 'gte-mini', .* the cosine is"),
+        (384, r"has an embedding that 'gte-mini', .* the cosine is"),
         (8, "of dimension 8; this"),
     ):
         index = VectorStoreIndex.from_vector_store(empty, embed_model=MockEmbedding(dimension))
