@@ -322,7 +322,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    files = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})

@@ -30,8 +30,8 @@ _ZERO = 128  # activations are stored unsigned: the form for which processors ha
 def resolve(precision: str, device: torch.device) -> str:
     """Return the precision to compute in.
 
-    ``"auto"`` is the fastest that leaves rankings as they are: bf16 on a GPU or CPU with bfloat16 products, float32 elsewhere. int8
-    moves a cosine by up to 0.03 and has to be asked for.
+    ``"auto"`` is the fastest that leaves rankings as they are: bf16 on a GPU or CPU with bfloat16 products, float32 elsewhere.
+    int8 moves a cosine by up to 0.04 and has to be asked for.
 
     Raises:
         TypeError: `precision` is not a string.
