@@ -33,9 +33,9 @@ from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
+from vocabulary import SPECIALS
 
 DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
-SPECIALS = 4
 _PAIRS, _LONG = 0.22, 0.03  # shares of steps
 _PAIR_BATCH = 40
 _TEMPERATURE = 0.05
@@ -83,13 +83,13 @@ class Run:
     def rarity(self, hidden: Tensor, ids: Tensor, real: Tensor, languages: Sequence[str]) -> Tensor:
         """Return how far the sparse weights are from the rarity of their tokens."""
         target = torch.stack([self.rare[language][row] for language, row in zip(languages, ids, strict=True)])
-        ordinary = real & (ids >= SPECIALS)
+        ordinary = real & (ids >= len(SPECIALS))
         raw = self.student.classifier(hidden).squeeze(-1)
         return functional.mse_loss(raw[ordinary], target[ordinary])
 
     def sparse(self, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         """Return sparse vectors over the vocabulary; of repeated tokens the largest weight counts."""
-        weights = self.student.token_weights(hidden) * (real & (ids >= SPECIALS))
+        weights = self.student.token_weights(hidden) * (real & (ids >= len(SPECIALS)))
         out = torch.zeros(len(ids), self.student.config.vocab_size)
         return out.scatter_reduce(1, ids, weights, "amax")
 
@@ -125,7 +125,7 @@ class Run:
     def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, float]:
         """Return the loss of a few long documents and their cosine to the mean of their parts."""
         length = int(2 ** rng.uniform(9.3, 12))
-        documents = [long_document(self.texts, length, rng)[1] for _ in range(max(2, tokens // length))]
+        documents = [long_document(self.texts, length, rng) for _ in range(max(2, tokens // length))]
         ids = tokenize(self.tokenizer, [" ".join(parts) for parts in documents], length)
         shortest = round_length(min(map(len, ids)))
         ids = [row[: shortest - 1] + row[-1:] for row in ids]

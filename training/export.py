@@ -20,6 +20,7 @@ from grid import EMBEDDING_STEPS, STEPS, coarse
 from student import config_from
 from tokenizers import Tokenizer
 from torch import Tensor
+from vocabulary import SPECIALS
 
 from gte_rag.checkpoint import Checkpoint, save_checkpoint
 from gte_rag.config import GTEConfig
@@ -96,7 +97,7 @@ def main() -> None:
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
         size += len(zlib.compress((folder / "tokenizer.json").read_bytes(), 6))
-        checkpoint = Checkpoint(folder, config, tokenizer, frozenset(range(4)), {}, trained, head, "")
+        checkpoint = Checkpoint(folder, config, tokenizer, frozenset(range(len(SPECIALS))), {}, trained, head, "")
         save_checkpoint(checkpoint, args.out, dtype=torch.float16, max_shard_bytes=90_000_000)
     print(
         f"{args.out}: {size / 1e6:.1f} MB deflated; rounding error of the layers {max(noise):.3f} of a matrix at most"

@@ -219,7 +219,6 @@ class Pairs:
         return list(chosen.values())
 
 
-def long_document(texts: Texts, tokens: int, rng: random.Random) -> tuple[str, list[str]]:
-    """Return the language and the parts of a document of about so many tokens."""
-    language = texts.language(rng)
-    return language, texts.joined(language, tokens * 3, rng)
+def long_document(texts: Texts, tokens: int, rng: random.Random) -> list[str]:
+    """Return the parts, all of one language, of a document of about so many tokens."""
+    return texts.joined(texts.language(rng), tokens * 3, rng)

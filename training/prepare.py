@@ -2,7 +2,7 @@
 
 python training/prepare.py --data FOLDER --out start.pt
 python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
-python training/sparse_head.py --data FOLDER --start start.pt --state run/state.pt --out model.pt
+python training/export.py --start start.pt --state run/state.pt --out gte-mini/
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from torch.nn import functional
 _LANGUAGE_POWER = 0.3  # a language's counts are divided by its tokens to this power: small ones keep their pieces
 _XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
 _SAMPLE, _STATED = 12_000, 1500  # texts whose vectors, and whose hidden states are looked at
-SPECIALS = len(vocabulary.SPECIALS)
 
 
 def count_pieces(texts: Texts, tokenizer: Tokenizer, scores: Sequence[float], most: int = 60_000) -> Counter[int]:
@@ -45,7 +44,9 @@ def count_pieces(texts: Texts, tokenizer: Tokenizer, scores: Sequence[float], mo
         weight = len(members) / len(chosen) / (one.total() * len(members) / len(chosen)) ** _LANGUAGE_POWER
         for piece, number in one.items():
             counts[piece] += number * weight  # type: ignore[assignment]
-    reachable = {i: math.exp(score) for i, score in enumerate(scores) if i >= SPECIALS and lower(tokenizer, i)}
+    reachable = {
+        i: math.exp(score) for i, score in enumerate(scores) if i >= len(vocabulary.SPECIALS) and lower(tokenizer, i)
+    }
     share = _XLMR_SHARE * counts.total() / sum(reachable.values())
     for piece, frequency in reachable.items():
         counts[piece] += frequency * share  # type: ignore[assignment]
