@@ -5,6 +5,10 @@
 Each round a child process continues to index 5,000 documents and is killed (SIGKILL) after a random time; another process
 then opens the database and checks every record: text, dense vector, sparse vector and lexical index must belong together,
 and every group the child had reported must be there. When all documents are in, the next round starts an empty database.
+
+A kill while Chroma writes its graph can leave files that Chroma cannot read (chroma-core/chroma#7678). Opening such a
+collection must be refused; it is then repaired as a user would do it, counted under "repairs", and checked. A process that
+Chroma crashes counts as refused if `repair` finds the damage. Anything else is a failure.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,12 +34,16 @@ import chromadb
 import numpy as np
 from chromadb.config import Settings
 
-from gte_rag import HybridCollection
+from gte_rag import DamagedCollectionError, HybridCollection
 from gte_rag.records import RESERVED_KEY, open_seal
+from gte_rag.repair import repair_collection
 from synthetic import SyntheticEncoder
 
+NAME = "durability"
 DOCUMENTS = 5000
 GROUP = 50
+# A process that takes longer than this hangs.
+PATIENCE_S = 600
 
 
 def text_of(number: int, edition: int) -> str:
@@ -45,7 +54,7 @@ def text_of(number: int, edition: int) -> str:
 def open_collection(folder: str) -> HybridCollection:
     """Open the collection with synthetic vectors."""
     client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
-    return HybridCollection(client, "durability", encoder=cast(Any, SyntheticEncoder()))
+    return HybridCollection(client, NAME, encoder=cast(Any, SyntheticEncoder()))
 
 
 def index(folder: str, first: int, edition: int, done: Connection) -> None:
@@ -64,8 +73,12 @@ def index(folder: str, first: int, edition: int, done: Connection) -> None:
 
 
 def check(folder: str, reported: int, edition: int, result: Connection) -> None:
-    """Check every record and send the list of what is wrong."""
-    collection = open_collection(folder)
+    """Check every record; send how many there are and what is wrong, or that the collection is damaged."""
+    try:
+        collection = open_collection(folder)
+    except DamagedCollectionError as error:
+        result.send(str(error))
+        return
     encoder = collection.encoder
     found = collection.collection.get(include=["documents", "metadatas", "embeddings"])
     texts = cast(list[str], found["documents"])
@@ -101,6 +114,47 @@ def check(folder: str, reported: int, edition: int, result: Connection) -> None:
     result.send((len(texts), wrong))
 
 
+def repair(folder: str, result: Connection) -> None:
+    """Repair the collection and send what was wrong with it."""
+    result.send(repair_collection(folder, NAME, encoder=cast(Any, SyntheticEncoder())).damage)
+
+
+def answer(work: Callable[..., None], *arguments: object) -> Any:  # noqa: ANN401  # what the process sends
+    """Return what a process sends that does some work, or an `EOFError` if it ends or hangs without an answer."""
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    process = fork.Process(target=work, args=(*arguments, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv() if receive.poll(PATIENCE_S) else EOFError("it hangs")
+    except EOFError:
+        process.join()
+        return EOFError(f"it ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def checked(folder: str, reported: int, edition: int) -> tuple[int, list[str], str | None]:
+    """Check every record, after a repair if one is needed.
+
+    Returns:
+        The number of records, what is wrong, and the damage that was repaired.
+    """
+    found = answer(check, folder, reported, edition)
+    if isinstance(found, tuple):
+        return *found, None
+    print(f"damaged: {found}", file=sys.stderr, flush=True)
+    damage = answer(repair, folder)
+    if not isinstance(damage, str):
+        return 0, [f"cannot be checked ({found}), and repair finds: {damage}"], None
+    again = answer(check, folder, reported, edition)
+    if not isinstance(again, tuple):
+        return 0, [f"cannot be checked after a repair: {again}"], damage
+    return *again, damage
+
+
 def main() -> None:
     """Run the rounds and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,8 +166,9 @@ def main() -> None:
     fork = multiprocessing.get_context("fork")
     base = Path(tempfile.mkdtemp())
     folder, reported, edition = base / "0", 0, 0
-    killed = completed = checked = 0
+    killed = completed = records = 0
     survived = 0
+    repairs: list[str] = []
     started = time.perf_counter()
     try:
         for round_number in range(options.rounds):
@@ -136,15 +191,12 @@ def main() -> None:
                     reported = message if isinstance(message, int) else reported
             except EOFError:
                 pass
-            receive, send = fork.Pipe(duplex=False)
-            checker = fork.Process(target=check, args=(str(folder), reported, edition, send))
-            checker.start()
-            count, wrong = receive.recv()
-            checker.join()
-            checked += count
+            count, wrong, damage = checked(str(folder), reported, edition)
+            repairs += [f"round {round_number}: {damage}"] if damage else []
+            records += count
             survived += not wrong
             for line in wrong[:5]:
-                print(f"round {round_number}: {line}", file=sys.stderr)
+                print(f"round {round_number}: {line}", file=sys.stderr, flush=True)
             if done:  # the next rounds replace every text, or start an empty database
                 completed += 1
                 reported, edition = 0, edition + 1
@@ -158,7 +210,9 @@ def main() -> None:
         "survived": survived,
         "killed while running": killed,
         "passes over all documents": completed,
-        "records checked": checked,
+        "repairs": len(repairs),
+        "repaired": repairs,
+        "records checked": records,
         "seconds": round(time.perf_counter() - started),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "chromadb": version("chromadb"),
