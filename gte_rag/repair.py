@@ -90,8 +90,9 @@ def repair_collection(
 ) -> RepairReport:
     """Build the graph of a damaged collection again; texts, metadata, ids and sparse vectors stay as they are.
 
-    Nothing else may use the database meanwhile: no other process, and in this one no client that has read the collection.
-    An interrupted call is completed by repeating it.
+    Nothing else may use the database meanwhile. Clients of this process that have read the collection before, if they could,
+    keep a graph in memory that is no longer the one on disk: close them. One that was refused by `DamagedCollectionError` has
+    not, and can go on. An interrupted call is completed by repeating it.
 
     Args:
         database: Folder of the Chroma database.
@@ -130,10 +131,16 @@ def repair_collection(
 
 @contextmanager
 def _opened(database: Path, name: str) -> Iterator[tuple[ClientAPI, Collection]]:
-    """Open a client for a moment; opening it and the collection reads nothing of a graph."""
+    """Open a client for a moment; opening it and the collection reads nothing of a graph.
+
+    Clients of a process share what they have read, by the path as it is spelled. Spelled in a way that nobody else does, it
+    gives a client that knows nothing of a graph from before the repair.
+    """
     if not (database / DATABASE_FILE).is_file():
         raise FileNotFoundError(f"{database} is no Chroma database: there is no {DATABASE_FILE} in it")
-    client = chromadb.PersistentClient(str(database), settings=Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(
+        os.path.join(os.path.abspath(database), "."), settings=Settings(anonymized_telemetry=False)
+    )
     try:
         try:
             collection = client.get_collection(name, embedding_function=None)

@@ -537,6 +537,7 @@ def torn(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pat
     for name in ("documents", "others"):
         assert cli.main(["index", str(notes), "--db", str(folder), "--collection", name]) == 0
     os.truncate(graph / "header.bin", 50)
+    client.clear_system_cache()  # what the commands above have read is of another process
     capsys.readouterr()
     return folder
 

@@ -241,6 +241,22 @@ def test_a_second_damage_is_moved_beside_the_first(db: Path, stub: StubEncoder) 
     check_whole(db, stub, before)
 
 
+def test_a_client_that_was_refused_goes_on_after_the_repair(db: Path, stub: StubEncoder) -> None:
+    before = content(db)
+    empty(graph_of(db) / HEADER)
+    with Client(db) as client:
+        with pytest.raises(DamagedCollectionError):
+            open_collection(client, NAME, stub)
+        repaired(db, stub)
+        collection = open_collection(client, NAME, stub)
+        assert HybridRetriever(collection, k=1, mode="union").search(text_of(3))[0].id == "r3"
+        collection.upsert([f"more{number}" for number in range(SYNC)], [f"more {number}" for number in range(SYNC)])
+    after = content(db)
+    assert len(after) == RECORDS + SYNC
+    assert {record_id: after[record_id] for record_id in before} == before
+    assert find_damage(db, NAME) is None
+
+
 # What is whole
 
 
