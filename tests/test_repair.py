@@ -257,6 +257,29 @@ def test_a_client_that_was_refused_goes_on_after_the_repair(db: Path, stub: Stub
     assert find_damage(db, NAME) is None
 
 
+def test_a_client_that_has_read_the_graph_does_not_hand_it_to_the_repair(db: Path, stub: StubEncoder) -> None:
+    before = content(db)
+    with Client(db) as client:
+        assert len(open_collection(client, NAME, stub)) == RECORDS
+        empty(graph_of(db) / HEADER)
+        assert repaired(db, stub).encoded > 0
+    check_whole(db, stub, before)
+
+
+def test_a_collection_of_fewer_records_than_chroma_writes_at_once_is_whole_after_a_repair(
+    tmp_path: Path, stub: StubEncoder
+) -> None:
+    """Chroma has no reason to write the new graph: it must not be recorded as written either."""
+    fill(tmp_path, stub, records=SYNC + 10)
+    with Client(tmp_path) as client:
+        open_collection(client, NAME, stub).delete([f"r{number}" for number in range(SYNC)])
+    before = content(tmp_path)
+    empty(graph_of(tmp_path) / HEADER)
+    repaired(tmp_path, stub)
+    assert find_damage(tmp_path, NAME) is None
+    assert content(tmp_path) == before
+
+
 # What is whole
 
 
