@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -83,20 +84,19 @@ def chroma_client() -> Iterator[ClientAPI]:
     admin.delete_database(database)
 
 
-@pytest.fixture(scope="session")
-def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """A Chroma server on loopback: host and port."""
-    beside = shutil.which("chroma", path=str(Path(sys.executable).parent))
-    executable = beside or shutil.which("chroma")
-    assert executable is not None, "chromadb is installed, but its command 'chroma' was not found"
+@contextmanager
+def served(command: str, *arguments: str, folder: Path) -> Iterator[int]:
+    """Run a server of this environment on a free port of loopback until the block ends; yield the port."""
+    beside = shutil.which(command, path=str(Path(sys.executable).parent))
+    executable = beside or shutil.which(command)
+    assert executable is not None, f"its package is installed, but the command {command!r} was not found"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"  # a file: the server stops answering once nobody empties a pipe
-    command = [executable, "run", "--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(port)]
+    call = [executable, *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+        process = subprocess.Popen(call, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -107,7 +107,7 @@ def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
                     break
             except OSError:
                 time.sleep(0.1)
-        yield "127.0.0.1", port
+        yield port
     finally:
         process.terminate()
         try:
@@ -115,3 +115,21 @@ def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """A Chroma server on loopback: host and port."""
+    folder = tmp_path_factory.mktemp("server")
+    with served("chroma", "run", "--path", str(folder / "data"), folder=folder) as port:
+        yield "127.0.0.1", port
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Milvus Lite served to any number of processes on loopback: its address."""
+    pytest.importorskip("pymilvus")
+    pytest.importorskip("milvus_lite")
+    folder = tmp_path_factory.mktemp("milvus")
+    with served("milvus-lite", "server", "--data-dir", str(folder / "data"), folder=folder) as port:
+        yield f"http://127.0.0.1:{port}"
