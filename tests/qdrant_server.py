@@ -75,8 +75,8 @@ class QdrantServer:
                 limit=body["limit"], with_payload=body["with_payload"], with_vector=body["with_vector"]
             )
             records, following = shard.scroll(page)
-            points = [{"id": str(one.id), "payload": one.payload, "vector": _as_json(one.vector)} for one in records]
-            return {"points": points, "next_page_offset": following and str(following)}
+            found = [{"id": str(one.id), "payload": one.payload, "vector": _as_json(one.vector)} for one in records]
+            return {"points": found, "next_page_offset": following and str(following)}
         return None
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def local_ray() -> Iterator[None]:
             if last or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import the tests
     yield
     ray.shutdown()
 
