@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 
 # A test that needs the network is a mistake: fail at once instead of waiting for a hub.
@@ -27,7 +28,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from checkpoints import build, find_variant
-from gte_rag import GTEEncoder, GTEReranker
+from gte_rag import Encoding, GTEEncoder, GTEReranker, SparseMatrix
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -37,6 +38,49 @@ if TYPE_CHECKING:
 def encoder() -> GTEEncoder:
     """The bundled encoder in float32, whatever `auto` is here, loaded once."""
     return GTEEncoder.from_pretrained(precision="float32")
+
+
+@pytest.fixture
+def bundled_once(encoder: GTEEncoder, encoded: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is made of vectors: the bundled model is not loaded again, and no text is encoded a second time."""
+    load = GTEEncoder.from_pretrained.__func__  # type: ignore[attr-defined]
+    encode = encoder._encode_window
+
+    def from_pretrained(name: Any = "gte-mini", **options: Any) -> GTEEncoder:
+        usual = {"device": None, "dimension": None, "precision": "auto", "max_length": 8192, "revision": None}
+        usual |= {"cache_dir": None, "local_files_only": options.get("local_files_only")}
+        if name == "gte-mini" and options.get("dimension") == encoder.dimension:
+            options = {**options, "dimension": None}
+        same = name == "gte-mini" and all(usual.get(option, ...) == value for option, value in options.items())
+        return encoder if same else load(GTEEncoder, name, **options)
+
+    def encode_window(
+        window: list[str], token_ids: list[list[int]], truncated: int, asked: Any, report: Any
+    ) -> Encoding:
+        keys = [(tuple(ids), asked) for ids in token_ids]
+        new = {key: row for row, key in enumerate(keys) if key not in encoded}
+        if new:
+            rows = list(new.values())
+            found = encode([window[row] for row in rows], [token_ids[row] for row in rows], 0, asked, lambda _: None)
+            for position, key in enumerate(new):
+                dense = None if found.dense is None else found.dense[position]
+                encoded[key] = (dense, None if found.sparse is None else found.sparse[position])
+        report(len(window))
+        pairs = [encoded[key] for key in keys]
+        return Encoding(
+            np.stack([dense for dense, _ in pairs]) if asked.dense else None,
+            SparseMatrix.from_vectors([sparse for _, sparse in pairs], encoder.vocab_size) if asked.sparse else None,
+            truncated,
+        )
+
+    monkeypatch.setattr(GTEEncoder, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(encoder, "_encode_window", encode_window)
+
+
+@pytest.fixture(scope="session")
+def encoded() -> dict[Any, Any]:
+    """What the shared encoder has encoded for `bundled_once`."""
+    return {}
 
 
 @pytest.fixture(scope="session")
