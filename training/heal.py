@@ -8,6 +8,7 @@ pairs, the strongest into the slowest: of its products with the keys, 24 of 32 c
 
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
+Every matrix is rounded to the checkpoint's grid as soon as it is known, so that the next solution makes good for that, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 from alignment import Spans
 from batch import Batch
+from grid import EMBEDDING_STEPS, STEPS, coarse
 from student import CONSTANT, Layer, Student, rotate
 from teacher import Teacher
 from torch import Tensor, nn
@@ -54,6 +56,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
     Returns:
         After each layer, the share of the variance of the teacher's states that the student's miss.
     """
+    student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
     for mine, its, _, states in lessons:
         states["hidden"] = student.embeddings_ln(student.word_embeddings(mine.ids))
         states["teacher"] = teacher.embedded(its)
@@ -64,6 +67,8 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         kernels = distance_kernels(teacher, old, lessons)
         some = torch.cat([lesson.states["hidden"] for lesson in lessons[:_SOME]])
         place_positions(layer, kernels, some, student.frequencies)
+        round_off(layer.attention["qkv_proj"])
+        round_off(layer.mlp["up_gate_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
         for mine, its, spans, states in lessons:
@@ -72,6 +77,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             fit.add(states["mixed"], states["hidden"], before, spans)
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
+        round_off(output)
         for kind, values in (("w", layer.mlp_ln.weight), ("b", layer.mlp_ln.bias)):
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
             new[CONSTANT] = values[CONSTANT]
@@ -88,6 +94,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             fit.add(layer.neurons(states["hidden"]), states["hidden"], before, spans)
             states["teacher"] = state
         fit.solve()
+        round_off(down)
         error = total = 0.0
         for _, _, spans, states in lessons:
             states["hidden"] = layer.mlp_ln(states["hidden"] + down(layer.neurons(states["hidden"])))
@@ -117,6 +124,11 @@ def heal_pooling(student: Student, lessons: Sequence[Lesson], targets: Sequence[
         wanted = target * ((sums * target).sum() / target.square().sum())
         fit.add_rows(first, wanted - sums)
     fit.solve()
+
+
+def round_off(linear: nn.Linear) -> None:
+    """Bring a projection onto the grid of the checkpoint."""
+    linear.weight.copy_(coarse(linear.weight, STEPS))
 
 
 def mix(layer: Layer, hidden: Tensor, batch: Batch, frequencies: Tensor) -> Tensor:

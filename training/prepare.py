@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=112_000, help="pieces")
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 5, 6, 8, 9, 10, 11], help="of the teacher's"
+        "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11], help="of the teacher's"
     )
     parser.add_argument("--inner", type=int, default=1536, help="width of the MLP")
     parser.add_argument(
