@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gte_rag.chroma import HybridCollection
     from gte_rag.encoder import GTEEncoder
-    from gte_rag.errors import BulkError, CheckpointError, CollectionMismatchError, MissingExtraError, RemoteError
+    from gte_rag.errors import (
+        BulkError,
+        CheckpointError,
+        CollectionMismatchError,
+        DamagedCollectionError,
+        MissingExtraError,
+        RemoteError,
+    )
     from gte_rag.explanation import Explanation, TokenMatch, explain, explain_hit
     from gte_rag.interface import RerankResult
     from gte_rag.records import Record
@@ -27,6 +34,7 @@ __all__ = [
     "BulkError",
     "CheckpointError",
     "CollectionMismatchError",
+    "DamagedCollectionError",
     "DashScopeEncoder",
     "DashScopeReranker",
     "Encoding",
@@ -52,7 +60,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("BulkError", "CheckpointError", "CollectionMismatchError", "MissingExtraError", "RemoteError"),
+    "errors": (
+        "BulkError",
+        "CheckpointError",
+        "CollectionMismatchError",
+        "DamagedCollectionError",
+        "MissingExtraError",
+        "RemoteError",
+    ),
     "interface": ("RerankResult",),
     "vectors": ("Encoding", "SparseMatrix", "SparseVector"),
     "remote": ("DashScopeEncoder", "DashScopeReranker", "OpenAIEncoder"),

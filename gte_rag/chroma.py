@@ -7,6 +7,7 @@ The key never shows in what is returned.
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from gte_rag.errors import CollectionMismatchError, missing_extra
+from gte_rag.errors import CollectionMismatchError, DamagedCollectionError, missing_extra
 from gte_rag.fusion import Calibration
 from gte_rag.interface import PROGRESS_DELAY_S, TextEncoder
 from gte_rag.lexical import SparseIndex
@@ -34,6 +35,7 @@ from gte_rag.records import (
     seal,
     some_ids,
 )
+from gte_rag.segments import DATABASE_FILE, find_segment, settled, torn_folders
 from gte_rag.vectors import (
     FloatArray,
     SparseMatrix,
@@ -50,16 +52,16 @@ try:
 except ImportError as error:
     raise missing_extra("chromadb", "chroma") from error
 
-# What a collection remembers of its model, and Chroma's own file in the folder of a local database.
+# What a collection remembers of its model, and that its repair has begun and not ended.
 FINGERPRINT_KEY, MODEL_KEY, DIMENSION_KEY = "gte_rag:fingerprint", "gte_rag:model_name", "gte_rag:dimension"
-DATABASE_FILE = "chroma.sqlite3"
+REPAIR_KEY = "gte_rag:repair"
 _CALIBRATION_KEY, _STAMP_KEY = "gte_rag:calibration", "gte_rag:stamp"
 # Records encoded and written together: an interrupted run keeps every group that was finished.
-_GROUP = 1024
+GROUP = 1024
 # Texts of somebody else's collection that are encoded to see whether its vectors come from this model, and how close their
 # cosines must be: other precisions and dtypes stay above 0.99, other models far below.
 _ADOPTION_SAMPLE = 8
-_ADOPTION_COSINE = 0.98
+ADOPTION_COSINE = 0.98
 # The cosine of unit vectors is 1 - scale * distance.
 _DISTANCE_SCALE = {"cosine": 1.0, "l2": 0.5, "ip": 1.0}
 
@@ -150,6 +152,8 @@ class HybridCollection:
 
         Raises:
             CollectionMismatchError: The collection was made by another model, dimension or distance.
+            DamagedCollectionError: Chroma was killed while it wrote the collection's graph, or a repair was; the message
+                names the command that mends it.
             TypeError: `name` is not a string.
             ValueError: The encoder gives no sparse vectors, or Chroma refuses the name.
         """
@@ -179,12 +183,10 @@ class HybridCollection:
                 )
             except InvalidArgumentError as error:
                 raise ValueError(f"name is {name!r}; Chroma refuses it: {error}") from error
+        refuse_damaged(client, self.collection, own_texts=encoded_text is not None)
         self._max_batch: int = client.get_max_batch_size()
         self._space = self._check_marks(adopt)
-        settings = client.get_settings()
-        folder = (
-            Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
-        )
+        folder = folder_of(client)
         identity = str(self.collection.id)
         self._database = None if folder is None else folder / DATABASE_FILE
         self._view = LexicalView.of(
@@ -471,18 +473,7 @@ class HybridCollection:
         collection, stored, marks = self.collection, dict(self.collection.metadata or {}), self._marks
         raw = collection.configuration_json
         space = str((raw.get("hnsw") or raw.get("spann") or {}).get("space"))
-        if FINGERPRINT_KEY in stored:
-            if stored[FINGERPRINT_KEY] != marks[FINGERPRINT_KEY]:
-                raise CollectionMismatchError(
-                    f"collection {self.name!r} was made by the model {stored.get(MODEL_KEY)!r} (fingerprint "
-                    f"{stored[FINGERPRINT_KEY]}); this encoder is {marks[MODEL_KEY]!r} (fingerprint "
-                    f"{marks[FINGERPRINT_KEY]}). Open it with the model that made it, or index into another collection"
-                )
-            if stored.get(DIMENSION_KEY) != marks[DIMENSION_KEY]:
-                raise CollectionMismatchError(
-                    f"collection {self.name!r} holds vectors of dimension {stored.get(DIMENSION_KEY)}; this encoder gives "
-                    f"{marks[DIMENSION_KEY]}. Load it with dimension={stored.get(DIMENSION_KEY)}, or use another collection"
-                )
+        check_model(self.name, stored, self.encoder)
         if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
             raise CollectionMismatchError(
                 f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
@@ -523,7 +514,7 @@ class HybridCollection:
         dense = self.encoder.encode_documents(self._as_encoded(texts, _metadatas(cast(Any, found))), sparse=False).dense
         assert dense is not None
         cosine = float(np.median(np.einsum("nd,nd->n", stored, dense) / np.maximum(norms, 1e-12)))
-        if cosine < _ADOPTION_COSINE:
+        if cosine < ADOPTION_COSINE:
             raise CollectionMismatchError(
                 f"collection {self.name!r} was filled by another model than {self.encoder.name!r}: the median cosine between "
                 f"its vectors and this model's is {cosine:.3f}. Open it with the model that filled it"
@@ -535,7 +526,7 @@ class HybridCollection:
     def _write(
         self, ids: list[str], texts: list[str], metadatas: list[dict[str, MetadataValue]], show_progress: bool
     ) -> None:
-        size = min(_GROUP, self._max_batch)
+        size = min(GROUP, self._max_batch)
         fingerprint = self.encoder.fingerprint
         with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=PROGRESS_DELAY_S) as progress:
             for start in range(0, len(ids), size):
@@ -670,6 +661,73 @@ class HybridCollection:
 
     def _as_encoded(self, texts: Sequence[str], metadatas: Sequence[Metadata]) -> Sequence[str]:
         return texts if self._encoded_text is None else list(map(self._encoded_text, texts, metadatas))
+
+
+def folder_of(client: ClientAPI) -> Path | None:
+    """Return the folder of a local database; None in memory and behind a server."""
+    settings = client.get_settings()
+    return Path(settings.persist_directory) if settings.is_persistent and not settings.chroma_server_host else None
+
+
+def check_model(name: str, stored: Mapping[str, Any], encoder: TextEncoder) -> None:
+    """Refuse an encoder that is not the one a collection remembers; one that remembers none passes.
+
+    Raises:
+        CollectionMismatchError: Model or dimension is another one.
+    """
+    if FINGERPRINT_KEY not in stored:
+        return
+    if stored[FINGERPRINT_KEY] != encoder.fingerprint:
+        raise CollectionMismatchError(
+            f"collection {name!r} was made by the model {stored.get(MODEL_KEY)!r} (fingerprint "
+            f"{stored[FINGERPRINT_KEY]}); this encoder is {encoder.name!r} (fingerprint "
+            f"{encoder.fingerprint}). Open it with the model that made it, or index into another collection"
+        )
+    if stored.get(DIMENSION_KEY) != encoder.dimension:
+        raise CollectionMismatchError(
+            f"collection {name!r} holds vectors of dimension {stored.get(DIMENSION_KEY)}; this encoder gives "
+            f"{encoder.dimension}. Load it with dimension={stored.get(DIMENSION_KEY)}, or use another collection"
+        )
+
+
+def refuse_damaged(client: ClientAPI, collection: Collection, *, own_texts: bool = False) -> None:
+    """Refuse a collection whose graph Chroma cannot read; of a whole one, only a few file sizes are looked at.
+
+    Args:
+        client: The client that has opened it.
+        collection: The collection, of which nothing has been read yet: Chroma can crash when it is.
+        own_texts: Whether something else than the texts was encoded, which only the caller can do again.
+
+    Raises:
+        DamagedCollectionError: The graph is damaged, or its repair has not ended.
+    """
+    folder = folder_of(client)
+    metadata = collection.metadata or {}
+    if REPAIR_KEY in metadata:
+        problem = "a repair of it was interrupted"
+    else:
+        torn = [] if folder is None else torn_folders(folder)
+        if folder is None or not torn:
+            return
+        segment = find_segment(folder, str(collection.id))
+        if segment.folder not in torn or not settled(segment.folder):
+            return
+        found = segment.fault()
+        if not found:
+            return
+        problem = (
+            f"{found}, as when a process is killed while Chroma writes (chroma-core/chroma#7678). Texts, metadata "
+            "and sparse vectors are whole"
+        )
+    place = "DIR" if folder is None else shlex.quote(str(folder))
+    command = f"gte-rag repair --db {place} --collection {shlex.quote(collection.name)}"
+    if FINGERPRINT_KEY not in metadata:
+        command += " --model NAME"
+    if own_texts:
+        command = "gte_rag.repair.repair_collection(folder, name, encoder=..., encoded_text=...)"
+    raise DamagedCollectionError(
+        f"collection {collection.name!r} cannot be opened: {problem}. Stop what uses the database, and mend it:  {command}"
+    )
 
 
 def _texts(found: Mapping[str, Any]) -> list[str]:

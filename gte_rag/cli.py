@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gte_rag import __version__
-from gte_rag.errors import CheckpointError, CollectionMismatchError, MissingExtraError, missing_extra
+from gte_rag.errors import (
+    CheckpointError,
+    CollectionMismatchError,
+    DamagedCollectionError,
+    MissingExtraError,
+    missing_extra,
+)
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         _say(str(error))
         return 2
-    except (CheckpointError, CollectionMismatchError, OSError) as error:
+    except (CheckpointError, CollectionMismatchError, DamagedCollectionError, OSError) as error:
         _say(str(error))
         return 1
     except _chroma_errors("ChromaError") as error:  # a damaged or read-only database, a full disk
@@ -152,6 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--full", action="store_true", help="print whole passages, not excerpts of them")
     search.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    repair = _command(
+        commands, "repair", _repair, "mend an index that Chroma cannot read after a process was killed while it wrote"
+    )
+    repair.set_defaults(resume="; the same command, run again, does the rest")
+    repair.add_argument("--db", required=True, type=Path, metavar="DIR", help="folder of the Chroma database")
+    repair.add_argument(
+        "--collection",
+        action="append",
+        metavar="NAME",
+        help="collection in it; may be repeated (default: all that are there)",
+    )
+    _add_model_options(repair, "the model of the index; name it for a collection that gte-rag did not make")
 
     explain = _command(commands, "explain", _explain, "show which words make the score of a text for a query")
     explain.add_argument("query", metavar="QUERY", help="a question or search words")
@@ -357,8 +376,9 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _index(arguments: argparse.Namespace) -> int:
     _require("chromadb", "rich", "semantic_text_splitter")
-    from gte_rag.chroma import DATABASE_FILE, HybridCollection
+    from gte_rag.chroma import HybridCollection
     from gte_rag.indexing import CHUNK_TOKENS, Selection, Splitter, read_file, read_stdin, select_files, sync
+    from gte_rag.segments import DATABASE_FILE
 
     started = time.monotonic()
     selection = select_files(path for path in arguments.paths if path != "-")
@@ -427,8 +447,9 @@ def _progress(total: int) -> Iterator[Progress]:
 
 def _search(arguments: argparse.Namespace) -> int:
     _require("chromadb", "rich")
-    from gte_rag.chroma import DATABASE_FILE, MODEL_KEY, HybridCollection
+    from gte_rag.chroma import MODEL_KEY, HybridCollection
     from gte_rag.retriever import HybridRetriever
+    from gte_rag.segments import DATABASE_FILE
 
     if not (arguments.db / DATABASE_FILE).is_file():
         raise _CommandError(
@@ -540,6 +561,59 @@ def _marked(text: str, marks: Iterable[Mark]) -> Text:
     for mark in marks:
         marked.stylize("bold yellow", mark.start, mark.end)
     return marked
+
+
+# --- repair ------------------------------------------------------------------------------------------------------------
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    _require("chromadb")
+    from gte_rag.segments import DATABASE_FILE
+
+    if not (arguments.db / DATABASE_FILE).is_file():
+        raise _CommandError(f"{arguments.db} is no Chroma database: there is no {DATABASE_FILE} in it", 1)
+    client = _open_client(arguments.db)
+    known = sorted(collection.name for collection in client.list_collections())
+    names = list(dict.fromkeys(arguments.collection or known))
+    for name in names:
+        if name not in known:
+            raise _CommandError(f"{arguments.db} has no collection {name!r}; it has: {', '.join(known) or 'none'}", 1)
+    failed = False
+    for name in names:
+        try:
+            _repair_one(arguments, name, _recorded(client, name, damaged=True) or {})
+        except (_CommandError, CheckpointError, CollectionMismatchError, ValueError, RuntimeError) as error:
+            _say(f"{name}: {error}")
+            failed = True
+    return int(failed)
+
+
+def _repair_one(arguments: argparse.Namespace, name: str, recorded: Mapping[str, Any]) -> None:
+    from gte_rag.chroma import MODEL_KEY
+    from gte_rag.repair import find_damage, repair_collection
+
+    started = time.monotonic()
+    damage = find_damage(arguments.db, name)
+    if damage is None:
+        _print(f"{name}: whole, nothing was changed")
+        return
+    _say(f"{name}: {damage}")
+    if MODEL_KEY not in recorded and arguments.model is None:
+        raise _CommandError(
+            "gte-rag did not make this collection; name the model that made its vectors: --model NAME", 1
+        )
+    encoder = _load_encoder_of_index(arguments.model, arguments.device, None, recorded)
+    report = repair_collection(
+        arguments.db,
+        name,
+        encoder=encoder,
+        adopt=arguments.model is not None,
+        show_progress=sys.stderr.isatty(),
+    )
+    seconds = time.monotonic() - started
+    _print(f"{name}: mended; {report.encoded:,} of {report.records:,} texts encoded again ({seconds:.1f} s)")
+    if report.moved_to is not None:
+        _print(f"{name}: the damaged files are in {report.moved_to}; delete them when the index is as it should be")
 
 
 # --- explain -----------------------------------------------------------------------------------------------------------
@@ -1068,16 +1142,19 @@ def _open_client(folder: Path) -> ClientAPI:
     return chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
 
 
-def _recorded(client: ClientAPI, name: str) -> dict[str, Any] | None:
-    """Return what a collection remembers of its model; None if there is no such collection."""
+def _recorded(client: ClientAPI, name: str, *, damaged: bool = False) -> dict[str, Any] | None:
+    """Return what a collection, which may be damaged, remembers of its model; None if there is no such collection."""
     from chromadb.errors import NotFoundError
 
-    from gte_rag.chroma import DIMENSION_KEY, FINGERPRINT_KEY, MODEL_KEY
+    from gte_rag.chroma import DIMENSION_KEY, FINGERPRINT_KEY, MODEL_KEY, refuse_damaged
 
     try:
-        recorded = dict(client.get_collection(name, embedding_function=None).metadata or {})
+        collection = client.get_collection(name, embedding_function=None)
     except NotFoundError:
         return None
+    if not damaged:
+        refuse_damaged(client, collection)
+    recorded = dict(collection.metadata or {})
     for key, kind in ((FINGERPRINT_KEY, str), (MODEL_KEY, str), (DIMENSION_KEY, int)):
         if key in recorded and type(recorded[key]) is not kind:
             raise _CommandError(

@@ -15,6 +15,10 @@ class CollectionMismatchError(ValueError):
     """A collection was made by another model, with another dimension, or with another distance."""
 
 
+class DamagedCollectionError(RuntimeError):
+    """The graph of a collection is damaged, or its repair has not ended; the message names the command that mends it."""
+
+
 class RemoteError(RuntimeError):
     """A service could not be reached, refused a request, or gave an answer that does not fit it.
 

@@ -25,15 +25,19 @@ pytest.importorskip("chromadb")
 pytest.importorskip("rich")
 pytest.importorskip("semantic_text_splitter")
 
+import chromadb
+from chromadb.config import Settings
+
 import gte_rag
 from checkpoints import build, find_variant
 from gte_rag import GTEEncoder, cli
 from gte_rag.highlighting import excerpt, matching_spans
+from gte_rag.segments import find_segment
 
 pytestmark = pytest.mark.usefixtures("bundled_once")
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("index", "search", "explain", "encode", "info", "convert", "encode-files", "eval", "demo")
+COMMANDS = ("index", "search", "repair", "explain", "encode", "info", "convert", "encode-files", "eval", "demo")
 ESCAPE = "\x1b"
 
 
@@ -504,6 +508,58 @@ def test_demo_answers_counts_and_says_what_to_try_next(run: Run) -> None:
     assert int(right[1]) == result.out.count("✓")
     assert "gte-rag index" in first
     assert "gte-rag search" in second
+
+
+# --- repair ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torn(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A database with the notes in it, whose graph was written and then cut off."""
+    folder = tmp_path / "torn db"
+    client: Any = chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
+    for name in ("documents", "others"):
+        configuration = {"hnsw": {"space": "cosine", "sync_threshold": 2}}
+        client.create_collection(name, embedding_function=None, configuration=configuration)
+    graph = find_segment(folder, str(client.get_collection("documents", embedding_function=None).id)).folder
+    client.close()
+    for name in ("documents", "others"):
+        assert cli.main(["index", str(notes), "--db", str(folder), "--collection", name]) == 0
+    os.truncate(graph / "header.bin", 50)
+    client.clear_system_cache()  # what the commands above have read is of another process
+    capsys.readouterr()
+    return folder
+
+
+def test_a_damaged_index_is_refused_with_the_command_that_mends_it(run: Run, torn: Path, notes: Path) -> None:
+    for arguments in (("search", "bread", "--db", torn), ("index", notes, "--db", torn)):
+        result = run(*arguments)
+        assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+        assert result.err.endswith(f"mend it: gte-rag repair --db '{torn}' --collection documents\n")
+    assert run("search", "bread", "--db", torn, "--collection", "others").code == 0
+
+
+def test_repair_mends_what_is_damaged_and_says_what_it_did(run: Run, torn: Path) -> None:
+    result = run("repair", "--db", torn)
+    assert result.code == 0
+    assert "documents: header.bin has 50 bytes instead of 100" in result.err
+    mended, place, whole = result.out.splitlines()
+    assert re.fullmatch(r"documents: mended; [0-3] of 3 texts encoded again \(\d+\.\d s\)", mended)
+    assert str(torn / "gte_rag" / "damaged-") in place
+    assert whole == "others: whole, nothing was changed"
+    hits = json.loads(run("search", "bread that rises", "--db", torn, "--json", "--mode", "dense").out)["hits"]
+    assert hits[0]["metadata"]["source"].endswith("bread.txt")
+    assert run("repair", "--db", torn, "--collection", "documents").out == "documents: whole, nothing was changed\n"
+
+
+def test_what_repair_refuses_is_one_line(run: Run, torn: Path, tmp_path: Path) -> None:
+    result = run("repair", "--db", tmp_path / "nowhere")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert "is no Chroma database" in result.err
+    assert not (tmp_path / "nowhere").exists()
+    result = run("repair", "--db", torn, "--collection", "elsewhere")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert "has no collection 'elsewhere'; it has: documents, others" in result.err
 
 
 # --- as a process ------------------------------------------------------------------------------------------------------
