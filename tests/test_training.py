@@ -62,7 +62,7 @@ def test_the_student_computes_what_the_encoder_computes(encoder: GTEEncoder) -> 
 def test_spans_hold_the_same_characters_on_both_sides() -> None:
     mine = Tokens((0, 3), (3, 5), (5, 9), (9, 12))
     its = Tokens((0, 5), (5, 7), (7, 9), (9, 12))
-    spans = common([mine], [its], [6])  # type: ignore[list-item]
+    spans = common([mine], [its], [6])
     assert spans.student.tolist() == [0, 1, 1, 2, 3, -1]
     assert spans.teacher.tolist() == [0, 1, 2, 2, 3, -1]
     means = spans.mean(torch.arange(6.0)[:, None], spans.student)
@@ -70,7 +70,7 @@ def test_spans_hold_the_same_characters_on_both_sides() -> None:
 
 
 def test_spans_end_where_the_student_stops_reading() -> None:
-    spans = common([Tokens((0, 2), (2, 4), (4, 6))], [Tokens((0, 2), (2, 6))], [4])  # type: ignore[list-item]
+    spans = common([Tokens((0, 2), (2, 4), (4, 6))], [Tokens((0, 2), (2, 6))], [4])
     assert spans.student.tolist() == [0, 1, -1, -1]  # the teacher's second token reaches beyond
     assert spans.teacher.tolist() == [0, 1, -1, -1]
 

@@ -82,7 +82,8 @@ def main() -> None:
     trained: dict[str, Tensor] = torch.load(args.state or args.start, weights_only=True)["weights"]
     head = (args.sparse_scale * trained.pop("classifier.weight"), args.sparse_scale * trained.pop("classifier.bias"))
     for number in range(start["shape"]["num_layers"]):
-        if not bool(trained[f"layers.{number}.mlp.down_proj.weight"].any()):  # its MLP says nothing: spare the wheel its noise
+        # A pooling layer that was never trained has an MLP that says nothing: spare the wheel its noise.
+        if not bool(trained[f"layers.{number}.mlp.down_proj.weight"].any()):
             trained[f"layers.{number}.mlp.up_gate_proj.weight"].zero_()
     noise = []
     for name, tensor in trained.items():
