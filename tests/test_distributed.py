@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ import ray
 
 from checkpoints import TEXTS, build, find_variant
 from gte_rag import BulkError, CollectionMismatchError, GTEEncoder, HybridCollection, sinks
-from gte_rag.cluster import Cluster
+from gte_rag.cluster import Cluster, start_ray
 from gte_rag.corpus import Columns, Rows, select_sources
 from gte_rag.distributed import ERRORS_FILE, BulkReport, ChromaSink, MilvusSink, QdrantSink, encode_files
 from qdrant_server import QdrantServer, qdrant_server
@@ -44,15 +45,8 @@ def tiny(model: str) -> GTEEncoder:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray of two cores for the module; Ray gives up when its first start takes 30 s, as it may on a busy machine."""
-    for last in (False, True):
-        try:
-            ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-            break
-        except Exception as error:
-            if last or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
+    """One Ray of two cores for the module."""
+    start_ray("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import the tests
     yield
     ray.shutdown()
@@ -107,10 +101,14 @@ def run(corpus: Path, out: Path, model: str, **options: Any) -> BulkReport:
 
 
 class KillsItsWorker(sinks.Sink):
-    """A sink that kills its worker, once, at a certain part: when it has been encoded, or only when it has been written."""
+    """A sink that kills its worker, once, at a certain part: when it has been encoded, or only when it has been written.
 
-    def __init__(self, sink: sinks.Sink, part: int, note: Path, *, written: bool) -> None:
-        self.sink, self.part, self.note, self.written = sink, part, note, written
+    A worker begins to write when there are two of them, each of which has left its number in `together`.
+    """
+
+    def __init__(self, sink: sinks.Sink, part: int, folder: Path, *, written: bool) -> None:
+        self.sink, self.part, self.written = sink, part, written
+        self.killed, self.together = folder / "killed", folder / "together"
 
     def faults(self) -> tuple[type[Exception], ...]:
         return self.sink.faults()
@@ -127,8 +125,8 @@ class KillsItsWorker(sinks.Sink):
         current = -1
 
         def die(number: int) -> None:
-            if number == self.part and not self.note.exists():
-                self.note.write_text(str(os.getpid()))
+            if number == self.part and not self.killed.exists():
+                self.killed.write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def encode_and_die(*args: Any, **options: Any) -> Any:
@@ -139,6 +137,10 @@ class KillsItsWorker(sinks.Sink):
         def write_and_die(number: int, rows: Rows) -> None:
             nonlocal current
             current = number
+            (self.together / str(os.getpid())).touch()
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and len(list(self.together.iterdir())) < 2:
+                time.sleep(0.02)
             write(number, rows)
             die(number)
 
@@ -155,16 +157,18 @@ def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
     out = tmp_path / "out"
     sink = sinks.ParquetSink(str(out)) if kind == "parquet" else server_sink(kind, request)
     # What stores are for: the part is there when the worker dies, and is written once more.
-    killing = KillsItsWorker(sink, 5, tmp_path / "killed", written=kind != "parquet")
+    killing = KillsItsWorker(sink, 5, tmp_path, written=kind != "parquet")
+    killing.together.mkdir()
     report = run(corpus, out, model, to=killing, workers=2, cpus_per_worker=1)
     assert (report.written, report.set_aside, report.abandoned, report.parts) == (ROWS, 0, 0, 12)
     state = out / "_gte_rag"
     attempts = (state / "begun" / "00005").read_text().split()
-    assert attempts[0] == (tmp_path / "killed").read_text()
+    assert attempts[0] == killing.killed.read_text()
     assert len(attempts) == 2
     workers = {json.loads(mark.read_text())["worker"] for mark in state.glob("done/*")}
-    assert len(workers) > 1
+    assert len(list(killing.together.iterdir())) > 1, "there was only one worker"
     assert os.getpid() not in workers
+    assert attempts[1] in {str(worker) for worker in workers}
     found = stored(sink)
     assert sorted(found) == sorted(f"a{n}" for n in range(ROWS))
     expected = tiny.encode_documents(TEXTS)
@@ -188,6 +192,27 @@ def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
 def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for() -> None:
     with pytest.raises(ValueError, match="room for 2 workers of 1 CPUs and 0 GPUs each, and 3 are wanted"):
         list(Cluster(None, 3, 1, 0).pool(dict, (), [1]))
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (1, 2), (2, 2)])
+def test_a_slow_start_of_ray_is_tried_once_more_and_then_reported(
+    monkeypatch: pytest.MonkeyPatch, failures: int, starts: int
+) -> None:
+    calls: list[str] = []
+
+    def init(address: str, **options: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    if failures == 2:
+        with pytest.raises(BulkError, match="Ray did not start within 30 seconds, twice"):
+            start_ray("local")
+    else:
+        start_ray("local")
+    assert (calls.count("init"), calls.count("shutdown")) == (starts, failures)
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
@@ -426,7 +451,7 @@ def stored(sink: sinks.Sink) -> dict[str, tuple[str, int, Any, dict[int, float]]
     if isinstance(sink, sinks.ParquetSink):
         for row in pq.read_table(sink.folder).to_pylist():
             weights = dict(zip(row["sparse_indices"], row["sparse_values"], strict=True))
-            found.append((row["id"], (row["text"], row["n"], row["dense"], weights)))
+            found.append((row["id"], (row["text"], json.loads(row["metadata"])["n"], row["dense"], weights)))
     elif isinstance(sink, QdrantSink):
         for point in sink._client().scroll(sink.collection, limit=2 * ROWS, with_vectors=True)[0]:
             sparse = point.vector["langchain-sparse"]
