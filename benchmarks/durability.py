@@ -10,7 +10,8 @@ reported must be there. When all documents are in, the next round replaces every
 
 A kill while Chroma writes its graph can leave files that Chroma cannot read (chroma-core/chroma#7678). Opening such a
 collection must be refused; it is then repaired as a user would do it, counted under "repairs", and checked. A process that
-Chroma crashes counts as refused if `repair` finds the damage. Anything else is a failure.
+Chroma crashes counts as refused if `repair` finds the damage. Anything else is a failure. Ctrl-C ends the run early, with the
+result of the rounds so far.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def main() -> None:
     fork = multiprocessing.get_context("fork")
     base = Path(tempfile.mkdtemp())
     folder, reported, edition = base / "0", 0, 0
-    killed = completed = records = aimed = 0
+    killed = completed = records = aimed = rounds = 0
     encoder()
     survived = 0
     repairs: list[str] = []
@@ -277,8 +278,9 @@ def main() -> None:
             repairs += [f"round {round_number}: {damage}"] if damage else []
             records += count
             survived += not wrong
-            if round_number % 10 == 9:
-                print(f"{round_number + 1} rounds, {len(repairs)} repairs", file=sys.stderr, flush=True)
+            rounds += 1
+            if rounds % 10 == 0:
+                print(f"{rounds} rounds, {len(repairs)} repairs", file=sys.stderr, flush=True)
             for line in wrong[:5]:
                 print(f"round {round_number}: {line}", file=sys.stderr, flush=True)
             if done:  # the next rounds replace every text, or start an empty database
@@ -287,10 +289,15 @@ def main() -> None:
                 if edition == EDITIONS:
                     shutil.rmtree(folder)
                     folder, edition = base / str(round_number + 1), 0
+    except KeyboardInterrupt:
+        print(f"interrupted after {rounds} rounds", file=sys.stderr)
     finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
         shutil.rmtree(base)
     result = {
-        "rounds": options.rounds,
+        "rounds": rounds,
         "survived": survived,
         "killed while running": killed,
         "killed while the graph was written": aimed,
@@ -306,7 +313,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.exit(survived != options.rounds)
+    sys.exit(survived != rounds)
 
 
 if __name__ == "__main__":
