@@ -366,9 +366,9 @@ def test_a_collection_in_memory_or_behind_a_server_is_not_examined(
     chroma_server: tuple[str, int], stub: StubEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gte_rag.chroma, "torn_folders", lambda _: pytest.fail("a folder was examined"))
-    settings = Settings(anonymized_telemetry=False)
     host, port = chroma_server
-    for client in (chromadb.EphemeralClient(settings=settings), chromadb.HttpClient(host, port, settings=settings)):
+    in_memory = chromadb.EphemeralClient(settings=Settings(anonymized_telemetry=False))
+    for client in (in_memory, chromadb.HttpClient(host, port, settings=Settings(anonymized_telemetry=False))):
         collection = open_collection(client, "not-examined", stub)
         collection.upsert(["a"], ["text"])
         assert len(open_collection(client, "not-examined", stub)) == 1
