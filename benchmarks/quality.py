@@ -41,6 +41,7 @@ from gte_rag.datasets import Dataset, RetrievalSet, find, load
 from gte_rag.evaluation import evaluate, judged
 from gte_rag.exact import best_rows
 from gte_rag.fusion import FUSIONS
+from gte_rag.precision import resolve
 from gte_rag.results import Result, read, save
 from gte_rag.vectors import FloatArray
 
@@ -144,17 +145,17 @@ def xlmr() -> tuple[Any, Any]:
 
 
 def teacher_vectors(max_length: int) -> Callable[..., FloatArray]:
-    """Return the teacher: mean-pooled vectors of texts with E5's prefixes, bfloat16 products."""
+    """Return the teacher: mean-pooled vectors of texts with E5's prefixes, bfloat16 products where the processor has them."""
     import torch
 
     model, tokenizer = xlmr()
-    model.prepare(torch.bfloat16)
+    model.prepare(torch.bfloat16 if resolve("auto", torch.device("cpu")) == "bf16" else torch.float32)
     tokenize = training("teacher").tokenize
 
     def encode(kind: str, texts: list[str]) -> FloatArray:
         vectors: FloatArray = model.embed(
             tokenize(tokenizer, [f"{kind}: {text}" for text in texts], max_length), 4096
-        ).astype(np.float32)
+        ).numpy()
         return vectors
 
     return encode

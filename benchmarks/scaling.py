@@ -22,6 +22,8 @@ from gte_rag import GTEEncoder
 from gte_rag.demo import read_documents
 from gte_rag.distributed import encode_files
 
+_PARTS = 4
+
 
 def measure(rows: int, cpus: int) -> dict[str, Any]:
     """Encode so many documents with one worker and return bytes and speed."""
@@ -30,19 +32,21 @@ def measure(rows: int, cpus: int) -> dict[str, Any]:
         source, out = Path(folder, "in.jsonl"), Path(folder, "out")
         lines = [json.dumps({"id": str(n), "text": f"{n} {texts[n % len(texts)]}"}) for n in range(rows)]
         source.write_text("\n".join(lines), encoding="utf-8")
-        report = encode_files([source], out, workers=1, cpus_per_worker=cpus, rows_per_part=max(1, rows // 4))
-        marks = [json.loads(path.read_text()) for path in sorted((out / "_gte_rag" / "done").glob("*"))]
+        report = encode_files([source], out, workers=1, cpus_per_worker=cpus, rows_per_part=rows // _PARTS)
+        done = sorted((out / "_gte_rag" / "done").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        marks = [json.loads(path.read_text()) for path in done]
         size = sum(path.stat().st_size for path in out.glob("*.parquet"))
     encoder = GTEEncoder.from_pretrained()
     sample = [json.loads(line)["text"] for line in lines[: min(rows, 500)]]
     sparse = encoder.encode_documents(sample, dense=False).sparse
     assert sparse is not None
     tokens = sum(map(encoder.count_tokens, sample)) / len(sample)
-    warm = marks[1:]  # the first part loads the model
+    warm = marks[1:]  # the part that was done first has the loading of the model in its time
     per_second = sum(mark["written"] for mark in warm) / sum(mark["seconds"] for mark in warm)
     return {
         "rows": report.written,
         "dimension": encoder.dimension,
+        "precision": encoder.precision,
         "tokens per text": round(tokens, 1),
         "sparse weights per text": round(sparse.indices.size / len(sample), 1),
         "text bytes per row": round(sum(len(text.encode()) for text in sample) / len(sample)),
@@ -73,6 +77,8 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.rows < _PARTS:
+        parser.error(f"--rows {arguments.rows}: give at least {_PARTS}, one for each part")
     found = measure(arguments.rows, arguments.cpus)
     result = {
         "command": f"python benchmarks/scaling.py --rows {arguments.rows} --cpus {arguments.cpus}",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from gte_rag.errors import missing_extra
+from gte_rag.errors import BulkError, missing_extra
 
 # On processors one worker is fastest with a few cores; more of them are better used by a second one.
 _MOST_CPUS = 8
@@ -106,7 +106,7 @@ class Cluster:
             "include_dashboard": False,
         }
         with _quiet():
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **(local if address == "local" else {}))
+            start_ray(address, **(local if address == "local" else {}))
         self._own = True
 
     def _room(self) -> tuple[int, int, float]:
@@ -129,6 +129,28 @@ class Cluster:
                 f"its machines have {', '.join(str(int(node.get('CPU', 0))) for node in nodes)} CPUs"
             )
         return workers or room, cpus, gpus
+
+
+def start_ray(address: str, **options: Any) -> None:  # noqa: ANN401
+    """Connect to a Ray, or start one, silently; options are those of `ray.init`.
+
+    Ray allows its own start 30 seconds, too few where it is read from a busy disk; the second finds it in memory.
+
+    Raises:
+        BulkError: Both starts took too long.
+    """
+    import ray
+
+    for attempt in (1, 2):
+        try:
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()  # what has started of it
+            if attempt == 2:
+                raise BulkError("Ray did not start within 30 seconds, twice; is this machine very busy?") from error
 
 
 def _results(items: Sequence[Any], function: Any, **options: Any) -> Iterator[Any]:  # noqa: ANN401

@@ -19,6 +19,8 @@ import pytest
 
 from gte_rag import GTEEncoder
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "chatbots"
 TERMINAL = ("langchain_chatbot", "langgraph_chatbot", "llama_index_chatbot")

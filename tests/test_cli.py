@@ -7,12 +7,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +29,16 @@ import chromadb
 from chromadb.config import Settings
 
 import gte_rag
+from checkpoints import build, find_variant
 from gte_rag import GTEEncoder, cli
 from gte_rag.highlighting import excerpt, matching_spans
 from gte_rag.segments import find_segment
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("index", "search", "repair", "explain", "encode", "info", "convert", "encode-files", "eval", "demo")
 ESCAPE = "\x1b"
-
-
-@pytest.fixture(autouse=True)
-def one_encoder(encoder: GTEEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not load the bundled model for every call."""
-    load = GTEEncoder.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    def from_pretrained(name: str = "gte-mini", **options: Any) -> GTEEncoder:
-        usual = (
-            name == "gte-mini"
-            and options.get("device") is None
-            and options.get("dimension") in (None, encoder.dimension)
-        )
-        return encoder if usual else load(GTEEncoder, name, **options)
-
-    monkeypatch.setattr(GTEEncoder, "from_pretrained", from_pretrained)
 
 
 @pytest.fixture
@@ -345,15 +334,15 @@ def test_collections_that_cannot_be_searched_are_one_line(run: Run, db: Path, tm
         assert message in result.err
 
 
-def test_index_remembers_model_and_dimension(run: Run, notes: Path, encoder: GTEEncoder, tmp_path: Path) -> None:
+def test_index_remembers_model_and_dimension(run: Run, notes: Path, tmp_path: Path) -> None:
     database = tmp_path / "db"
-    folder = tmp_path / "model"
-    encoder.save_pretrained(folder)
+    folder = build(find_variant("multilingual-base"), tmp_path / "model")
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
     assert run("index", notes, "--db", database, "--model", folder, "--dimension", "64").code == 0
     found = json.loads(run("search", "bread", "--db", database, "--json").out)
     assert found["model"] == str(folder)
     assert run("index", notes, "--db", database).out.startswith("0 added, 0 updated, 3 unchanged")
-    same = run("search", "bread", "--db", database, "--model", "gte-mini", "--json")
+    same = run("search", "bread", "--db", database, "--model", elsewhere, "--json")
     assert json.loads(same.out)["hits"][0]["text"] == found["hits"][0]["text"]
     result = run("index", notes, "--db", database, "--dimension", "128")
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
@@ -603,9 +592,9 @@ def test_ctrl_c_leaves_an_index_that_can_be_searched_and_completed(run: Run, tmp
     notes, database = tmp_path / "notes", tmp_path / "db"
     notes.mkdir()
     for number in range(1200):
-        text = f"Note {number}: " + "sourdough bread rises for many hours before it is baked. " * 3
-        (notes / f"{number:04}.md").write_text(text, encoding="utf-8")
-    process = python("index", notes, "--db", database)
+        (notes / f"{number:04}.md").write_text(f"Note {number}: sourdough bread rises.", encoding="utf-8")
+    # A suite that runs in the background of a script ignores the signal, and hands that down.
+    process = python("index", notes, "--db", database, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 90
     while not written(database) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

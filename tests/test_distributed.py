@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -22,9 +25,10 @@ import ray
 
 from checkpoints import TEXTS, build, find_variant
 from gte_rag import BulkError, CollectionMismatchError, GTEEncoder, HybridCollection, sinks
-from gte_rag.cluster import Cluster
-from gte_rag.corpus import Columns, select_sources
+from gte_rag.cluster import Cluster, start_ray
+from gte_rag.corpus import Columns, Rows, select_sources
 from gte_rag.distributed import ERRORS_FILE, BulkReport, ChromaSink, MilvusSink, QdrantSink, encode_files
+from qdrant_server import QdrantServer, qdrant_server
 
 ROWS = 120
 
@@ -41,17 +45,20 @@ def tiny(model: str) -> GTEEncoder:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray of two cores for the module; Ray gives up when its first start takes 30 s, as it may on a busy machine."""
-    for last in (False, True):
-        try:
-            ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-            break
-        except Exception as error:
-            if last or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
+    """One Ray of two cores for the module."""
+    start_ray("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import the tests
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def qdrant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantServer]:
+    """Qdrant's engine on loopback."""
+    pytest.importorskip("qdrant_client")
+    pytest.importorskip("qdrant_edge")
+    with qdrant_server(tmp_path_factory.mktemp("qdrant")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -93,48 +100,119 @@ def run(corpus: Path, out: Path, model: str, **options: Any) -> BulkReport:
 # --- on Ray ------------------------------------------------------------------------------------------------------------
 
 
+class KillsItsWorker(sinks.Sink):
+    """A sink that kills its worker, once, at a certain part: when it has been encoded, or only when it has been written.
+
+    A worker begins to write when there are two of them, each of which has left its number in `together`.
+    """
+
+    def __init__(self, sink: sinks.Sink, part: int, folder: Path, *, written: bool) -> None:
+        self.sink, self.part, self.written = sink, part, written
+        self.killed, self.together = folder / "killed", folder / "together"
+
+    def faults(self) -> tuple[type[Exception], ...]:
+        return self.sink.faults()
+
+    def describe(self) -> dict[str, str]:
+        return self.sink.describe()
+
+    def prepare(self, encoder: GTEEncoder) -> None:
+        self.sink.prepare(encoder)
+
+    def open(self, encoder: GTEEncoder, schema: pa.Schema) -> sinks.Writer:
+        writer = self.sink.open(encoder, schema)
+        write, encode = writer.write, encoder.encode_documents
+        current = -1
+
+        def die(number: int) -> None:
+            if number == self.part and not self.killed.exists():
+                self.killed.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def encode_and_die(*args: Any, **options: Any) -> Any:
+            encoding = encode(*args, **options)
+            die(-1 if self.written else current)
+            return encoding
+
+        def write_and_die(number: int, rows: Rows) -> None:
+            nonlocal current
+            current = number
+            (self.together / str(os.getpid())).touch()
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and len(list(self.together.iterdir())) < 2:
+                time.sleep(0.02)
+            write(number, rows)
+            die(number)
+
+        encoder.encode_documents = encode_and_die  # type: ignore[method-assign]
+        writer.write = write_and_die  # type: ignore[method-assign]
+        return writer
+
+
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="stops a process and looks at it in /proc")
+@pytest.mark.parametrize("kind", ["parquet", "qdrant", "milvus"])
 def test_a_worker_killed_in_the_middle_of_a_part_costs_and_doubles_nothing(
-    corpus: Path, tmp_path: Path, model: str
+    corpus: Path, tmp_path: Path, model: str, tiny: GTEEncoder, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    long = " bread rises" * 1500  # a part must take long enough to be caught
-    write_jsonl(corpus / "a.jsonl", [{"id": f"a{n}", "text": f"{TEXTS[n % len(TEXTS)]}{long}"} for n in range(ROWS)])
     out = tmp_path / "out"
+    sink = sinks.ParquetSink(str(out)) if kind == "parquet" else server_sink(kind, request)
+    # What stores are for: the part is there when the worker dies, and is written once more.
+    killing = KillsItsWorker(sink, 5, tmp_path, written=kind != "parquet")
+    killing.together.mkdir()
+    report = run(corpus, out, model, to=killing, workers=2, cpus_per_worker=1)
+    assert (report.written, report.set_aside, report.abandoned, report.parts) == (ROWS, 0, 0, 12)
     state = out / "_gte_rag"
-    killed: list[tuple[str, int]] = []
-
-    def kill_one_at_work(done: int, total: int) -> None:
-        for begun in state.glob("begun/*"):
-            mark = state / "done" / f"{begun.name}.json"
-            if killed or mark.exists():
-                continue
-            worker = int(begun.read_text().split()[-1])
-            os.kill(worker, signal.SIGSTOP)
-            while Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] not in "TZ":
-                pass
-            if mark.exists():
-                os.kill(worker, signal.SIGCONT)
-                continue
-            os.kill(worker, signal.SIGKILL)
-            killed.append((begun.name, worker))
-
-    report = run(corpus, out, model, workers=2, cpus_per_worker=1, on_progress=kill_one_at_work)
-    assert killed, "no worker was caught at work"
-    assert (report.written, report.set_aside, report.abandoned) == (ROWS, 0, 0)
-    assert sorted(ids_of(out)) == sorted(f"a{n}" for n in range(ROWS))
-    part, worker = killed[0]
-    attempts = (state / "begun" / part).read_text().split()
-    assert attempts[0] == str(worker)
+    attempts = (state / "begun" / "00005").read_text().split()
+    assert attempts[0] == killing.killed.read_text()
     assert len(attempts) == 2
     workers = {json.loads(mark.read_text())["worker"] for mark in state.glob("done/*")}
+    assert len(list(killing.together.iterdir())) > 1, "there was only one worker"
     assert os.getpid() not in workers
+    assert attempts[1] in {str(worker) for worker in workers}
+    found = stored(sink)
+    assert sorted(found) == sorted(f"a{n}" for n in range(ROWS))
+    expected = tiny.encode_documents(TEXTS)
+    assert expected.dense is not None
+    assert expected.sparse is not None
+    for row_id, (text, n, dense, sparse) in found.items():
+        row = int(row_id[1:]) % len(TEXTS)
+        assert (text, n) == (TEXTS[row], int(row_id[1:]))
+        # Other neighbours in the batch: the rounding of float32.
+        np.testing.assert_allclose(dense, expected.dense[row], atol=1e-5)
+        indices = expected.sparse[row].indices.tolist()
+        if kind == "milvus" and not indices:  # it refuses an empty vector
+            assert sparse.pop(0) < 1e-5
+        assert sorted(sparse) == indices
+        np.testing.assert_allclose([sparse[index] for index in indices], expected.sparse[row].values, atol=1e-4)
+    # Without the wrapper it is the same run, and finished.
+    assert run(corpus, out, model, to=sink).earlier == 12
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for() -> None:
     with pytest.raises(ValueError, match="room for 2 workers of 1 CPUs and 0 GPUs each, and 3 are wanted"):
         list(Cluster(None, 3, 1, 0).pool(dict, (), [1]))
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (1, 2), (2, 2)])
+def test_a_slow_start_of_ray_is_tried_once_more_and_then_reported(
+    monkeypatch: pytest.MonkeyPatch, failures: int, starts: int
+) -> None:
+    calls: list[str] = []
+
+    def init(address: str, **options: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    if failures == 2:
+        with pytest.raises(BulkError, match="Ray did not start within 30 seconds, twice"):
+            start_ray("local")
+    else:
+        start_ray("local")
+    assert (calls.count("init"), calls.count("shutdown")) == (starts, failures)
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
@@ -359,6 +437,37 @@ def test_inputs_that_cannot_be_named_apart_or_read_are_refused(tmp_path: Path) -
 # --- stores ------------------------------------------------------------------------------------------------------------
 
 
+def server_sink(kind: str, request: pytest.FixtureRequest) -> sinks.Sink:
+    """A sink into a new collection of a server that any process can reach."""
+    name = f"bulk_{uuid4().hex}"
+    if kind == "qdrant":
+        return QdrantSink(request.getfixturevalue("qdrant").url, name)
+    return MilvusSink(request.getfixturevalue("milvus_server"), name)
+
+
+def stored(sink: sinks.Sink) -> dict[str, tuple[str, int, Any, dict[int, float]]]:
+    """Return what was written, by the rows' ids, each of which must be there once: text, n, dense and sparse vector."""
+    found: list[tuple[str, tuple[str, int, Any, dict[int, float]]]] = []
+    if isinstance(sink, sinks.ParquetSink):
+        for row in pq.read_table(sink.folder).to_pylist():
+            weights = dict(zip(row["sparse_indices"], row["sparse_values"], strict=True))
+            found.append((row["id"], (row["text"], json.loads(row["metadata"])["n"], row["dense"], weights)))
+    elif isinstance(sink, QdrantSink):
+        for point in sink._client().scroll(sink.collection, limit=2 * ROWS, with_vectors=True)[0]:
+            sparse = point.vector["langchain-sparse"]
+            assert point.id == sinks.point_id(point.payload["id"])
+            weights = dict(zip(sparse.indices, sparse.values, strict=True))
+            values = (point.payload["page_content"], point.payload["metadata"]["n"], point.vector[""], weights)
+            found.append((point.payload["id"], values))
+    else:
+        assert isinstance(sink, MilvusSink)
+        fields = ["text", "n", "dense", "sparse"]
+        for row in sink._client().query(sink.collection, filter='pk != ""', output_fields=fields, limit=2 * ROWS):
+            found.append((row["pk"], (row["text"], row["n"], row["dense"], row["sparse"])))
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
 @pytest.mark.usefixtures("inline")
 def test_a_chroma_server_is_filled_through_the_hybrid_collection_and_twice_is_once(
     corpus: Path, tmp_path: Path, model: str, tiny: GTEEncoder, chroma_server: tuple[str, int]
@@ -415,6 +524,28 @@ def test_qdrant_is_filled_and_twice_is_once(
     assert sorted(point.vector["langchain-sparse"].indices) == expected.sparse[0].indices.tolist()
     with pytest.raises(CollectionMismatchError, match="vectors of dimension 128"):
         run(corpus, tmp_path / "other", model, to=sink, dimension=64)
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_store_that_goes_away_stops_the_run_and_the_same_call_goes_on(
+    corpus: Path, tmp_path: Path, model: str, qdrant: QdrantServer
+) -> None:
+    sink = QdrantSink(qdrant.url, f"bulk_{uuid4().hex}")
+
+    def go_away(done: int, total: int) -> None:
+        qdrant.down = done == 40
+
+    stopped = r"stopped: part 4 \(.*a\.jsonl, row 41 on\) cannot be written: .*503"
+    try:
+        with pytest.raises(BulkError, match=stopped):
+            run(corpus, tmp_path / "out", model, to=sink, on_progress=go_away)
+        with pytest.raises(BulkError, match=r"the store cannot be prepared: .*503"):
+            run(corpus, tmp_path / "out", model, to=sink)
+    finally:
+        qdrant.down = False
+    report = run(corpus, tmp_path / "out", model, to=sink)
+    assert (report.earlier, report.written) == (4, ROWS)
+    assert sorted(stored(sink)) == sorted(f"a{n}" for n in range(ROWS))
 
 
 @pytest.mark.usefixtures("inline")

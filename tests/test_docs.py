@@ -39,6 +39,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     monkeypatch.setattr(GTEReranker, "from_pretrained", lambda name: load(folder))
 
 
+@pytest.mark.usefixtures("bundled_once")
 @pytest.mark.parametrize(
     ("page", "skipped", "block"),
     BLOCKS,
@@ -62,6 +63,7 @@ def test_readme_has_python_blocks_and_both_commands() -> None:
         assert re.search(rf"<!-- command: {name} -->\n+```bash\n[^\n]+\n```", README), name
 
 
+@pytest.mark.usefixtures("bundled_once")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_offline_and_prints_an_answer(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

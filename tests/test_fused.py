@@ -95,6 +95,8 @@ def test_an_error_in_a_thread_reaches_the_caller_and_leaves_the_encoder_usable(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = GTEEncoder.from_pretrained(precision="float32", device="cpu")
+    if not encoder.fused:
+        pytest.skip("this processor or build of torch has no packed products")
     expected = vectors(encoder, MIXED)
 
     def broken(*arguments: object) -> None:

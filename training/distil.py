@@ -1,10 +1,11 @@
-"""The training run: dense vectors from the teacher, sparse weights by contrast, passages and long documents.
+"""The training run: dense vectors and token states from the teacher, sparse weights by contrast, passages and long documents.
 
 Every step is one of three kinds:
 
 - **texts**: the first token learns the teacher's mean-pooled vector of the same text in the teacher's own pieces. Its vectors
   are centred and rotated to their principal components, so that leading dimensions come first, and every prefix also learns the
-  similarities of the whole vector within the batch (Matryoshka, arXiv:2205.13147).
+  similarities of the whole vector within the batch (Matryoshka, arXiv:2205.13147). Every other token learns the teacher's
+  states over the same characters, after several layers.
 - **pairs**: a question and its passage or a sentence and its translation, among others that share words: the same, and both
   the vectors and the sparse weights must find the other half.
 - **long**: the target of a document of 600 to 4,096 tokens is the mean over its parts.
@@ -12,6 +13,7 @@ Every step is one of three kinds:
 The sparse weight of a token starts as its rarity in its language, then contrast takes over.
 
     python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
+    torchrun --standalone --nproc-per-node 2 training/distil.py ...      # one process a core: other programs disturb it less
 
 Resumes from `--out` by itself; the learning rate falls to zero at the end of the time.
 """
@@ -19,126 +21,199 @@ Resumes from `--out` by itself; the learning rate falls to zero at the end of th
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from alignment import Spans, common
+from batch import Batch
 from grid import rounded_layers
-from mixture import Pairs, Text, Texts, long_document, round_length, seeded, text_batches
+from mixture import Pairs, Text, Texts, long_document, seeded, text_batches
 from student import Student, config_from
 from teacher import Teacher, tokenize
-from tokenizers import Tokenizer
-from torch import Tensor
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor, distributed
 from torch.nn import functional
 from vocabulary import SPECIALS
 
+from gte_rag.precision import resolve
+
 DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
 _PAIRS, _LONG = 0.22, 0.03  # shares of steps
-_PAIR_BATCH = 40
 _TEMPERATURE = 0.05
 _SIMILARITY = 0.15  # weight of the divergence of similarities
-_CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 1.0
+_CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 0.5
+_STATES = 1.0  # weight of the token states
+_EVERY = 2  # states are compared after every second layer
 _CLIP = 1.0
 _ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
-_BETAS = (0.9, 0.98)
+_BETAS = (0.9, 0.99)
 
 
 class Run:
     """Models, data and the loss of each kind of step."""
 
-    def __init__(self, start: dict[str, Tensor], folder: Path, longest: int) -> None:
+    def __init__(self, start: dict[str, Tensor], folder: Path, longest: int, device: torch.device) -> None:
         """Read the data and build the models from what `prepare.py` wrote."""
-        self.start, self.longest = start, longest
+        self.longest, self.device = longest, device
+        self.mean, self.rotation = start["mean"].to(device), start["rotation"].to(device)
         self.tokenizer = Tokenizer.from_str(start["tokenizer"])
         self.teacher_tokenizer = Tokenizer.from_str(start["teacher_tokenizer"])
+        self.dtype = torch.bfloat16 if resolve("auto", device) == "bf16" else torch.float32
         self.teacher = Teacher()
-        self.teacher.prepare(torch.bfloat16)
-        self.student = Student(config_from(start["shape"]))
+        self.teacher.prepare(self.dtype, device)
+        self.student = Student(config_from(start["shape"])).to(device)
         self.student.load_state_dict(start["weights"])
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))  # log of what a sparse score is worth in the contrast
+        layers = [*start["layers"], self.teacher.num_layers]
+        # The student's layers whose states are compared, and the teacher's that they stand for.
+        self.compared = [(n, layers[n + 1] - 1) for n in range(len(layers) - 2, -1, -_EVERY)]
+        self.scale = torch.nn.Parameter(
+            torch.tensor(1.0, device=device)
+        )  # log of a sparse score's worth in the contrast
         self.texts = Texts(folder)
         self.pairs = Pairs(folder, self.tokenizer)
         rare = self.texts.inverse_frequencies(self.tokenizer)
-        self.rare = {language: torch.from_numpy(values) for language, values in rare.items()}
+        self.rare = {language: torch.from_numpy(values).to(device) for language, values in rare.items()}
 
-    def targets(self, texts: Sequence[str]) -> Tensor:
-        """Return the teacher's vectors of texts, centred and rotated: float32 (texts, C)."""
-        return self._turned(self.teacher.embed(tokenize(self.teacher_tokenizer, texts, 512)))
+    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Batch, list[Tensor]]:
+        """Return the texts as a batch, and the student's states after every layer."""
+        batch = Batch(ids, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return batch, self.student(batch)
 
-    def _turned(self, raw: np.ndarray) -> Tensor:
-        unit = functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=1)
-        return (unit - self.start["mean"]) @ self.start["rotation"].T
+    def taught(self, texts: Sequence[str], encodings: Sequence[Encoding], lengths: Sequence[int]) -> Lesson:
+        """Return what the teacher makes of texts: `lengths` tokens of each in the student's encoding."""
+        its = self.teacher_tokenizer.encode_batch(list(texts))
+        for encoding in its:
+            encoding.truncate(512)
+        batch = Batch([encoding.ids for encoding in its], self.device)
+        states = self.teacher.states(batch)
+        spans = common(encodings, its, lengths, self.device)
+        means = [spans.mean(states[layer], spans.teacher) for _, layer in self.compared]
+        return Lesson(self.centred(batch.mean(states[-1])), spans, means)
 
-    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return last hidden states, padded ids and which are real."""
-        width = max(map(len, ids))
-        padded = torch.tensor([[*row, *[1] * (width - len(row))] for row in ids])
-        real = padded != 1
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.student(padded, None if bool(real.all()) else real), padded, real
+    def centred(self, pooled: Tensor) -> Tensor:
+        """Return the teacher's vectors of length 1, centred and turned to their principal components."""
+        return (functional.normalize(pooled, dim=1) - self.mean) @ self.rotation.T
 
-    def rarity(self, hidden: Tensor, ids: Tensor, real: Tensor, languages: Sequence[str]) -> Tensor:
+    def missed(self, states: Sequence[Tensor], lesson: Lesson) -> Tensor:
+        """Return the share of the variance of the teacher's states that the student's miss, mean over the compared layers."""
+        total = torch.zeros((), device=self.device)
+        for (layer, _), wanted in zip(self.compared, lesson.states, strict=True):
+            error = lesson.spans.mean(states[layer], lesson.spans.student) - wanted
+            total = total + error.square().mean() / (wanted - wanted.mean(0)).square().mean()
+        return total / len(self.compared)
+
+    def rarity(self, hidden: Tensor, batch: Batch, languages: Sequence[str]) -> Tensor:
         """Return how far the sparse weights are from the rarity of their tokens."""
-        target = torch.stack([self.rare[language][row] for language, row in zip(languages, ids, strict=True)])
-        ordinary = real & (ids >= len(SPECIALS))
-        raw = self.student.classifier(hidden).squeeze(-1)
-        return functional.mse_loss(raw[ordinary], target[ordinary])
+        states, rare = self._ordinary(hidden, batch, languages)
+        return functional.mse_loss(self.student.classifier(states).squeeze(-1), rare)
 
-    def sparse(self, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def start_classifier(self, rng: random.Random, size: int = 200) -> None:
+        """Let the sparse head begin where it tells best how rare a token is."""
+        texts = [self.texts.draw(rng) for _ in range(size)]
+        parts = []
+        for start in range(0, size, 20):
+            few = texts[start : start + 20]
+            batch, states = self.encode(tokenize(self.tokenizer, [text.text for text in few], self.longest))
+            parts.append(self._ordinary(states[-1], batch, [text.language for text in few]))
+        inputs = functional.pad(torch.cat([states for states, _ in parts]), (0, 1), value=1.0).double()
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, inputs.T @ torch.cat([rare for _, rare in parts]).double()).float()
+        self.student.classifier.weight.copy_(solution[None, :-1])
+        self.student.classifier.bias.copy_(solution[-1:])
+
+    def _ordinary(self, hidden: Tensor, batch: Batch, languages: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the states of the tokens that are not special, and how rare each is in its text's language."""
+        ordinary = (batch.ids >= len(SPECIALS)).nonzero().squeeze(1)
+        rows = {language: row for row, language in enumerate(dict.fromkeys(languages))}
+        table = torch.stack([self.rare[language] for language in rows])
+        row = torch.tensor([rows[language] for language in languages], device=self.device)
+        return hidden[ordinary], table[row[batch.text[ordinary]], batch.ids[ordinary]]
+
+    def sparse(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return sparse vectors over the vocabulary; of repeated tokens the largest weight counts."""
-        weights = self.student.token_weights(hidden) * (real & (ids >= len(SPECIALS)))
-        out = torch.zeros(len(ids), self.student.config.vocab_size)
-        return out.scatter_reduce(1, ids, weights, "amax")
+        weights = self.student.token_weights(hidden) * (batch.ids >= len(SPECIALS))
+        size = self.student.config.vocab_size
+        out = torch.zeros(len(batch.lengths) * size, device=self.device)
+        return out.scatter_reduce(0, batch.text * size + batch.ids, weights, "amax").view(-1, size)
 
-    def text_loss(self, texts: Sequence[Text], ids: Sequence[Sequence[int]], anchor: float) -> tuple[Tensor, float]:
-        """Return the loss of single texts and their cosine to the teacher."""
-        targets = self.targets([text.text for text in texts])
-        hidden, padded, real = self.encode(ids)
-        value = distillation(hidden[:, 0], targets)
-        value = value + anchor * self.rarity(hidden, padded, real, [text.language for text in texts])
-        return value, cosine(hidden[:, 0], targets)
+    def text_loss(self, texts: Sequence[Text], encodings: Sequence[Encoding], anchor: float) -> tuple[Tensor, Tensor]:
+        """Return the loss of single texts; cosine to the teacher, and the share of the states missed."""
+        lengths = [min(len(encoding.ids), self.longest) for encoding in encodings]
+        return self._learn(texts, encodings, lengths, anchor)[:2]
 
-    def pair_loss(self, rng: random.Random, anchor: float) -> tuple[Tensor, float]:
-        """Return the loss of pairs, and the share of them that the sparse vectors find."""
-        pairs = self.pairs.draw(_PAIR_BATCH, rng)
-        first, second = [pair.first[:1600] for pair in pairs], [pair.second[:1600] for pair in pairs]
-        q_targets, p_targets = self.targets(first), self.targets(second)
-        q = self.encode(tokenize(self.tokenizer, first, 96))
-        p = self.encode(tokenize(self.tokenizer, second, self.longest))
-        value = 0.5 * (distillation(q[0][:, 0], q_targets) + distillation(p[0][:, 0], p_targets))
-        wanted = torch.arange(len(pairs))
-        teacher = functional.normalize(q_targets, dim=1) @ functional.normalize(p_targets, dim=1).T / _TEMPERATURE
+    def pair_loss(self, rng: random.Random, size: int, anchor: float) -> tuple[Tensor, Tensor]:
+        """Return the loss of pairs; the shares of them that the dense and the sparse vectors find."""
+        pairs = self.pairs.draw(size, rng)
+        value = torch.zeros((), device=self.device)
+        sides = []
+        for texts, longest in (
+            ([Text(pair.first_language, pair.first[:1600]) for pair in pairs], 96),
+            ([Text(pair.second_language, pair.second[:1600]) for pair in pairs], self.longest),
+        ):
+            encodings = self.tokenizer.encode_batch([text.text for text in texts])
+            lengths = [min(len(encoding.ids), longest) for encoding in encodings]
+            loss, _, batch, states, lesson = self._learn(texts, encodings, lengths, anchor)
+            value = value + 0.5 * loss
+            sides.append((states[-1][batch.first], self.sparse(states[-1], batch), lesson.vectors))
+        (q, q_sparse, q_target), (p, p_sparse, p_target) = sides
+        wanted = torch.arange(len(pairs), device=self.device)
+        whole = self.student.config.hidden_size
+        teacher = unit(q_target, whole) @ unit(p_target, whole).T / _TEMPERATURE
         for dimension, weight in DIMENSIONS.items():
-            scores = unit(q[0][:, 0], dimension) @ unit(p[0][:, 0], dimension).T / _TEMPERATURE
+            scores = unit(q, dimension) @ unit(p, dimension).T / _TEMPERATURE
             value = value + weight * _CONTRAST * functional.cross_entropy(scores, wanted)
             value = value + weight * _SIMILARITY * divergence(scores, teacher)
-        scores = self.scale.exp() * self.sparse(*q) @ self.sparse(*p).T
-        loss = functional.cross_entropy(scores, wanted) + functional.cross_entropy(scores.T, wanted)
-        value = value + 0.5 * _SPARSE * loss
-        value = value + 0.5 * anchor * self.rarity(*q, [pair.first_language for pair in pairs])
-        value = value + 0.5 * anchor * self.rarity(*p, [pair.second_language for pair in pairs])
-        return value, float((scores.argmax(1) == wanted).float().mean())
+        lexical = self.scale.exp() * q_sparse @ p_sparse.T
+        loss = functional.cross_entropy(lexical, wanted) + functional.cross_entropy(lexical.T, wanted)
+        found = [(matrix.argmax(1) == wanted).float().mean() for matrix in (scores, lexical)]
+        return value + 0.5 * _SPARSE * loss, torch.stack(found)
 
-    def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, float]:
-        """Return the loss of a few long documents and their cosine to the mean of their parts."""
+    def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the loss of a few long documents; their cosine to the mean of their parts, and 0."""
         length = int(2 ** rng.uniform(9.3, 12))
         documents = [long_document(self.texts, length, rng) for _ in range(max(2, tokens // length))]
         ids = tokenize(self.tokenizer, [" ".join(parts) for parts in documents], length)
-        shortest = round_length(min(map(len, ids)))
-        ids = [row[: shortest - 1] + row[-1:] for row in ids]
         targets = []
         for parts, row in zip(documents, ids, strict=True):
             pieces = tokenize(self.teacher_tokenizer, [" ".join(parts)], 1 << 20)[0]
             pieces = pieces[: max(8, len(pieces) * len(row) // len(self.tokenizer.encode(" ".join(parts)).ids))]
             raw = self.teacher.embed([pieces[i : i + 400] for i in range(0, max(1, len(pieces) - 100), 400)])
-            turned = functional.normalize(torch.from_numpy(raw.astype(np.float32)), dim=1).mean(0, keepdim=True)
-            targets.append((turned - self.start["mean"]) @ self.start["rotation"].T)
-        target = torch.cat(targets)
-        hidden, _, _ = self.encode(ids)
-        return distillation(hidden[:, 0], target), cosine(hidden[:, 0], target)
+            targets.append(self.centred(raw.to(self.device)).mean(0))
+        batch, states = self.encode(ids)
+        vectors, target = states[-1][batch.first], torch.stack(targets)
+        return distillation(vectors, target), torch.stack(
+            [cosine(vectors, target), torch.zeros_like(self.scale.detach())]
+        )
+
+    def _learn(
+        self, texts: Sequence[Text], encodings: Sequence[Encoding], lengths: Sequence[int], anchor: float
+    ) -> tuple[Tensor, Tensor, Batch, list[Tensor], Lesson]:
+        lesson = self.taught([text.text for text in texts], encodings, lengths)
+        ids = [
+            encoding.ids if len(encoding.ids) == length else encoding.ids[: length - 1] + encoding.ids[-1:]
+            for encoding, length in zip(encodings, lengths, strict=True)
+        ]
+        batch, states = self.encode(ids)
+        vectors, missed = states[-1][batch.first], self.missed(states, lesson)
+        value = distillation(vectors, lesson.vectors) + _STATES * missed
+        value = value + anchor * self.rarity(states[-1], batch, [text.language for text in texts])
+        return value, torch.stack([cosine(vectors, lesson.vectors), missed.detach()]), batch, states, lesson
+
+
+class Lesson(NamedTuple):
+    """What the teacher makes of some texts: their vectors, and the states of the spans after the compared layers."""
+
+    vectors: Tensor
+    spans: Spans
+    states: list[Tensor]
 
 
 def unit(vectors: Tensor, dimension: int) -> Tensor:
@@ -146,9 +221,9 @@ def unit(vectors: Tensor, dimension: int) -> Tensor:
     return functional.normalize(vectors[:, :dimension], dim=1)
 
 
-def cosine(vectors: Tensor, targets: Tensor) -> float:
+def cosine(vectors: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cosine."""
-    return float((functional.normalize(vectors.detach(), dim=1) * functional.normalize(targets, dim=1)).sum(1).mean())
+    return functional.cosine_similarity(vectors.detach(), targets).mean()
 
 
 def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
@@ -158,7 +233,7 @@ def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
 
 def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
     """Return cosine distance to the targets' prefixes plus divergence from the whole targets' similarities."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=vectors.device)
     whole = unit(targets, targets.shape[1])
     teacher = (whole @ whole.T / _TEMPERATURE).fill_diagonal_(-1e4)
     for dimension, weight in DIMENSIONS.items():
@@ -176,75 +251,107 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=90, help="length of the whole run, resumed parts together")
-    parser.add_argument("--batch-tokens", type=int, default=6144)
+    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens of a step, of each process")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of a step, of each process")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest text")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--embedding-lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=4e-5)
+    parser.add_argument("--embedding-lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    run = Run(torch.load(args.start, weights_only=True), args.data, args.longest)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run = Run(torch.load(args.start, weights_only=True), args.data, args.longest, device)
     student = run.student
-    body = [p for n, p in student.named_parameters() if n.startswith(("layers", "embeddings_ln"))]
+    last = list(student.layers[-1].parameters())  # it pools, and was not in the teacher
+    body = [*student.layers[:-1].parameters(), *student.embeddings_ln.parameters()]
     optimizer = torch.optim.AdamW(
         [
             {"params": [student.word_embeddings.weight], "lr": args.embedding_lr},
             {"params": body, "lr": args.lr},
+            {"params": last, "lr": 3 * args.lr},
             {"params": [*student.classifier.parameters(), run.scale], "lr": 1e-3},
         ],
         betas=_BETAS,
         weight_decay=0.0,
         fused=True,
     )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [group["lr"] for group in optimizer.param_groups]
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "state.pt"
     spent, step, seen = 0.0, 0, 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=device)
         student.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         run.scale.data = state["scale"]
         spent, step, seen = state["spent"], state["step"], state["seen"]
-    print(f"{len(run.texts.languages)} languages, resuming at step {step}", flush=True)
-    rng = seeded(args.seed + step)
+    else:
+        run.start_classifier(seeded(args.seed))
+    if rank == 0:
+        print(f"{len(run.texts.languages)} languages, {run.dtype}, from step {step}", flush=True)
+    kinds, rng = seeded(args.seed + step), seeded(args.seed + step + 1000 * (rank + 1))
     stream = text_batches(run.texts, run.tokenizer, args.batch_tokens, args.longest, rng)
-    saved, notes = time.monotonic(), {"texts": [], "pairs": [], "long": []}  # type: ignore[var-annotated]
+    notes: dict[str, list[Tensor]] = {"texts": [], "pairs": [], "long": []}
+    began = saved = time.monotonic() - spent
     while spent < 60 * args.minutes:
-        began = time.monotonic()
         share = spent / (60 * args.minutes)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * min(1.0, (step + 1) / 30) * (1 - share)
         anchor = _RARITY * (1 - 0.8 * share)
-        draw = rng.random()
+        draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
         with rounded_layers(student, share >= _ROUNDED_FROM):
             if kind == "texts":
-                texts, ids = next(stream)
-                value, figure = run.text_loss(texts, ids, anchor)
-                seen += len(texts)
+                texts, encodings = next(stream)
+                value, figures = run.text_loss(texts, encodings, anchor)
+                seen += ranks * len(texts)
             elif kind == "pairs":
-                value, figure = run.pair_loss(rng, anchor)
-                seen += 2 * _PAIR_BATCH
+                value, figures = run.pair_loss(rng, args.pairs, anchor)
+                seen += ranks * 2 * args.pairs
             else:
-                value, figure = run.long_loss(rng, args.batch_tokens)
-                seen += 2
+                value, figures = run.long_loss(rng, args.batch_tokens)
+                seen += ranks * 2
             optimizer.zero_grad(set_to_none=True)
             value.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), _CLIP)
+        if ranks > 1:
+            share_gradients(parameters, ranks)
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         step += 1
-        notes[kind].append((float(value.detach()), figure))
-        spent += time.monotonic() - began
-        if step % 25 == 0:
-            means = "  ".join("{} {:.3f} {:.3f}".format(k, *np.mean(v, axis=0)) for k, v in notes.items() if v)
-            print(f"{spent / 60:6.1f} min  step {step}  seen {seen}  {means}", flush=True)
+        notes[kind].append(torch.cat([value.detach()[None], figures]).cpu())
+        del value, figures  # else this step's states live on beside the next one's
+        clock = torch.tensor(time.monotonic() - began)
+        if ranks > 1:
+            distributed.broadcast(clock, 0)
+        spent = float(clock)
+        if rank == 0 and step % 25 == 0:
+            means = [f"{k} " + " ".join(f"{x:.3f}" for x in torch.stack(v).mean(0)) for k, v in notes.items() if v]
+            print(f"{spent / 60:6.1f} min  step {step}  seen {seen}  " + "  ".join(means), flush=True)
             notes = {kind: [] for kind in notes}
-        if time.monotonic() - saved > 240:
+        if rank == 0 and time.monotonic() - saved > 240:
             _save(state_file, run, optimizer, spent, step, seen)
             saved = time.monotonic()
-    _save(state_file, run, optimizer, spent, step, seen)
+    if rank == 0:
+        _save(state_file, run, optimizer, spent, step, seen)
+    if ranks > 1:
+        distributed.destroy_process_group()
+
+
+def share_gradients(parameters: Sequence[Tensor], ranks: int) -> None:
+    """Replace every gradient by its mean over the processes."""
+    for parameter in parameters:
+        if parameter.grad is None:  # the same kind of step everywhere, yet a batch may leave a parameter out
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
+        parameter.grad /= ranks
 
 
 def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, spent: float, step: int, seen: int) -> None:

@@ -67,7 +67,7 @@ def main() -> None:
     """Write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--state", type=Path, required=True, help="state.pt of distil.py")
+    parser.add_argument("--state", type=Path, help="state.pt of distil.py; without it, the start as it is")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--steps", type=float, default=STEPS, help="of the grid of the layers, to a standard deviation")
     parser.add_argument(
@@ -79,15 +79,19 @@ def main() -> None:
     args = parser.parse_args()
 
     start = torch.load(args.start, weights_only=True)
-    trained: dict[str, Tensor] = torch.load(args.state, weights_only=True)["weights"]
+    trained: dict[str, Tensor] = torch.load(args.state or args.start, weights_only=True)["weights"]
     head = (args.sparse_scale * trained.pop("classifier.weight"), args.sparse_scale * trained.pop("classifier.bias"))
+    for number in range(start["shape"]["num_layers"]):
+        # A pooling layer that was never trained has an MLP that says nothing: spare the wheel its noise.
+        if not bool(trained[f"layers.{number}.mlp.down_proj.weight"].any()):
+            trained[f"layers.{number}.mlp.up_gate_proj.weight"].zero_()
     noise = []
     for name, tensor in trained.items():
         if tensor.ndim == 2:
             words = name == "word_embeddings.weight"
             trained[name] = coarse(tensor, args.embedding_steps if words else args.steps, per_row=words)
             if not words:
-                noise.append(float((trained[name] - tensor).norm() / tensor.norm()))
+                noise.append(float((trained[name] - tensor).norm() / tensor.norm().clamp(min=1e-9)))
     spread_values(trained, start["shape"]["num_layers"] - 1, start["shape"]["num_heads"])
     size = sum(deflated(tensor) for tensor in trained.values())
     config: GTEConfig = config_from({**start["shape"], "matryoshka_dimensions": (64, *DIMENSIONS)})

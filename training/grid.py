@@ -23,7 +23,11 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
     Returns:
         float32 of the same shape, at most three significant bits each.
     """
+    if not bool(weights.any()):
+        return weights
     if per_row:
+        if bool((weights * 2.0**6 == (weights * 2.0**6).round()).all()):
+            return weights  # is on the grid already, and would move: its rows have not quite the same deviation
         weights = weights - weights.mean(1, keepdim=True)  # LayerNorm takes it off
         step = 2.0**-6
         weights = weights / weights.std(1, keepdim=True).clamp(min=1e-8) * (steps * step)

@@ -1,7 +1,7 @@
 """What a training step sees: single texts, made-up passages, long documents, and pairs with hard negatives.
 
 Most of the training folder is single sentences. A retriever reads passages, so about half of the texts are several of one
-language joined; long documents are made the same way. Batches hold texts of nearly one length, so nothing is padded.
+language joined; long documents are made the same way. Batches hold texts of about one length, so that attention pads little.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import corpus
 import numpy as np
 from scipy.sparse import csr_array
 from teacher import tokenize
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 LANGUAGE_POWER = 0.5  # a language is drawn by its number of texts to this power
 # Languages that many questions and passages are written in.
@@ -47,7 +47,7 @@ _OFTEN = dict.fromkeys(
 # Of a language, sources are drawn by their size to the power 0.5, times this.
 _WORTH = {"mono": 2.0, "queries": 1.5, "qa_pairs": 4.0, "parallel/ntrex128": 2.5, "parallel/tico19": 2.0}
 _PASSAGES = 0.5  # share of texts that are several joined
-_WINDOW = 6144  # texts that are sorted into batches together
+_WINDOW = 2048  # texts that are sorted into batches together
 _KINDS = {"qa_pairs": 0.7, "parallel": 0.3}  # which pairs to draw
 
 
@@ -117,7 +117,7 @@ class Texts:
         characters = int(rng.triangular(100, 1400, 700) / (2.5 if dense else 1))
         return Text(language, " ".join(self.joined(language, characters, rng)))
 
-    def inverse_frequencies(self, tokenizer: Tokenizer, most: int = 20_000) -> dict[str, np.ndarray]:
+    def inverse_frequencies(self, tokenizer: Tokenizer, most: int = 6_000) -> dict[str, np.ndarray]:
         """Return for each language how rare every token is: 0 in every text, 1 in none; float32, shape (vocabulary,)."""
         rng = seeded(0)
         rare = {}
@@ -134,30 +134,25 @@ class Texts:
         return rare
 
 
-def round_length(length: int) -> int:
-    """Return the length a text is cut to: exact when short, a multiple of 4 to 16 above."""
-    step = 1 if length <= 32 else 4 if length <= 64 else 8 if length <= 128 else 16
-    return length // step * step
-
-
 def text_batches(
     texts: Texts, tokenizer: Tokenizer, tokens: int, longest: int, rng: random.Random
-) -> Iterator[tuple[list[Text], list[list[int]]]]:
-    """Yield texts of one token length and their ids, without end; a few last tokens are dropped to make lengths equal."""
+) -> Iterator[tuple[list[Text], list[Encoding]]]:
+    """Yield texts of about one length and their encodings, without end; a text counts for at most `longest` tokens."""
     while True:
         window = [texts.draw(rng) for _ in range(_WINDOW)]
-        by_length: dict[int, list[tuple[Text, list[int]]]] = {}
-        for text, ids in zip(window, tokenize(tokenizer, [text.text for text in window], longest), strict=True):
-            length = round_length(len(ids))
-            by_length.setdefault(length, []).append((text, ids if len(ids) == length else ids[: length - 1] + ids[-1:]))
-        ready = []
-        for length, members in by_length.items():
-            size = min(256, max(8, tokens // length))
-            ready += [members[i : i + size] for i in range(0, len(members), size)]
-        ready = [members for members in ready if len(members) >= 6]
+        encodings = tokenizer.encode_batch([text.text for text in window])
+        lengths = [min(len(encoding.ids), longest) for encoding in encodings]
+        order = sorted(range(len(window)), key=lambda text: lengths[text])
+        ready, start = [], 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and stop < start + 256 and lengths[order[stop]] * (stop + 1 - start) <= tokens:
+                stop += 1
+            ready.append(order[start:stop])
+            start = stop
         rng.shuffle(ready)
         for members in ready:
-            yield [text for text, _ in members], [ids for _, ids in members]
+            yield [window[text] for text in members], [encodings[text] for text in members]
 
 
 class Pairs:

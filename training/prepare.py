@@ -1,4 +1,4 @@
-"""First stage: vocabulary, statistics of the teacher, and the transplanted student.
+"""First stage: vocabulary, statistics of the teacher, the transplanted student, and what can be solved for without training.
 
 python training/prepare.py --data FOLDER --out start.pt
 python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
@@ -15,9 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import vocabulary
+from alignment import common
+from batch import Batch
+from heal import Lesson, heal, heal_pooling
 from mixture import Texts, seeded
 from student import CONSTANT, config_from, transplant
 from teacher import Teacher, tokenize
@@ -27,7 +29,9 @@ from torch.nn import functional
 
 _LANGUAGE_POWER = 0.3  # a language's counts are divided by its tokens to this power: small ones keep their pieces
 _XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
-_SAMPLE, _STATED = 12_000, 1500  # texts whose vectors, and whose hidden states are looked at
+_SAMPLE, _STATED = 2500, 500  # texts whose vectors, and whose hidden states are looked at
+_HEALED = 2600  # texts that the student is fitted to
+_LONGEST, _TOKENS = 320, 4000  # tokens of such a text, and of those that pass through together
 
 
 def count_pieces(texts: Texts, tokenizer: Tokenizer, scores: Sequence[float], most: int = 60_000) -> Counter[int]:
@@ -74,31 +78,51 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]]) -> dict[str
         ``importance``: of every neuron of every MLP; ``mean`` and ``rotation``: mean of the unit vectors and their principal
         components, strongest first, as rows; ``pool_norm``: usual length of a mean-pooled vector.
     """
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    firsts: list[Tensor] = []
-    stated = [list(ids) for ids in token_ids[:_STATED]]
-    for ids in stated:
-        trace = teacher.trace(torch.tensor([ids]))
-        tokens += len(ids)
-        firsts.append(trace["last"][0, 0])
-        for name, value in (("constants", trace["norms"][..., CONSTANT].sum((1, 2))), ("squares", trace["squares"])):
-            sums[name] = sums[name] + value if name in sums else value
+    batch = Batch([list(ids) for ids in token_ids[:_STATED]])
+    hidden = teacher.embedded(batch)
+    constants, squares = [hidden[:, CONSTANT].mean()], []
+    for layer in range(teacher.num_layers):
+        hidden = teacher.norm(teacher.attended(hidden, layer, batch), f"l{layer}.aln")
+        neurons = teacher.neurons(hidden, layer)
+        constants.append(hidden[:, CONSTANT].mean())
+        squares.append(neurons.square().mean(0))
+        hidden = teacher.norm(hidden + teacher.linear(neurons, f"l{layer}.fo"), f"l{layer}.oln")
+        constants.append(hidden[:, CONSTANT].mean())
     outgoing = torch.stack([teacher.weights[f"l{layer}.fo.w"].norm(dim=0) for layer in range(teacher.num_layers)])
-    pooled = torch.from_numpy(teacher.embed(token_ids).astype(np.float32))
+    pooled = teacher.embed(token_ids)
     unit = functional.normalize(pooled, dim=1)
     centred = unit - unit.mean(0)
     _, components = torch.linalg.eigh(centred.T @ centred)
+    rotation = components.flip(1).T
+    rotation *= rotation.gather(1, rotation.abs().argmax(1, keepdim=True)).sign()  # the same on every machine
     signs = torch.randint(0, 2, (len(components), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return {
-        "constants": sums["constants"] / tokens,
-        "importance": (sums["squares"] / tokens).sqrt() * outgoing,
-        "first": torch.stack(firsts).mean(0),
+        "constants": torch.stack(constants),
+        "importance": torch.stack(squares).sqrt() * outgoing,
+        "first": hidden[batch.first].mean(0),
         "mean": unit.mean(0),
-        "rotation": components.flip(1).T * signs,  # signs: no component may stand out in the mean over channels
+        "rotation": rotation * signs,  # signs: no component may stand out in the mean over channels
         "pool_norm": pooled.norm(dim=1).mean(),
         "spread": centred.norm(dim=1).mean(),
     }
+
+
+def lessons(texts: Sequence[str], tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> list[Lesson]:
+    """Return texts of at most `_LONGEST` tokens, those of about one length together, in the tokens of both."""
+    mine, its = tokenizer.encode_batch(list(texts)), teacher_tokenizer.encode_batch(list(texts))
+    fitting = [i for i in range(len(texts)) if max(len(mine[i].ids), len(its[i].ids)) <= _LONGEST]
+    groups: list[list[int]] = [[]]
+    for i in sorted(fitting, key=lambda i: len(mine[i].ids)):
+        groups[-1].append(i)
+        if sum(len(mine[member].ids) for member in groups[-1]) >= _TOKENS:
+            groups.append([])
+    seeded(0).shuffle(groups)
+    made = []
+    for group in filter(None, groups):
+        sides = [mine[i] for i in group], [its[i] for i in group]
+        spans = common(*sides, [len(encoding.ids) for encoding in sides[0]])
+        made.append(Lesson(*(Batch([encoding.ids for encoding in side]) for side in sides), spans, {}))
+    return made
 
 
 def main() -> None:
@@ -108,11 +132,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=112_000, help="pieces")
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 5, 6, 8, 9, 10, 11], help="of the teacher's"
+        "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11], help="of the teacher's"
     )
     parser.add_argument("--inner", type=int, default=1536, help="width of the MLP")
     parser.add_argument(
-        "--rope-factor", type=float, default=8.0, help="the teacher knows no rotation: start with a slow one"
+        "--rope-theta", type=float, default=1e10, help="so large that most channels of a head hardly turn"
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -134,8 +158,8 @@ def main() -> None:
         "num_heads": teacher.num_heads,
         "intermediate_size": args.inner,
         "type_vocab_size": 0,
-        "rope_theta": 160_000.0,
-        "rope_scaling": {"kind": "linear", "factor": args.rope_factor},
+        "rope_theta": args.rope_theta,
+        "rope_scaling": {"kind": "none", "factor": 1.0},
     }
     student = transplant(
         teacher,
@@ -148,7 +172,13 @@ def main() -> None:
         seen["first"],
         [row.topk(args.inner).indices.sort().values for row in seen["importance"]],
     )
-    start = {"shape": shape, "weights": student.state_dict(), "mean": seen["mean"], "rotation": seen["rotation"]}
+    texts_of_both = lessons(sample(texts, args.seed + 1, _HEALED), tokenizer, whole)
+    missed = heal(student, teacher, args.layers, texts_of_both)
+    print("variance of the teacher's states missed after each layer:", *(f"{share:.3f}" for share in missed))
+    vectors = [functional.normalize(its.mean(states["teacher"]), dim=1) for _, its, _, states in texts_of_both]
+    heal_pooling(student, texts_of_both, [(unit - seen["mean"]) @ seen["rotation"].T for unit in vectors])
+    start = {"shape": shape, "weights": student.state_dict(), "layers": args.layers}
+    start |= {"mean": seen["mean"], "rotation": seen["rotation"]}
     torch.save(start | {"tokenizer": tokenizer.to_str(), "teacher_tokenizer": whole.to_str()}, args.out)
     print(f"{args.out}: {asdict(student.config)}")
 

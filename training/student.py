@@ -1,6 +1,6 @@
 """The student: the GTE network in a form that trains, and the teacher transplanted into it.
 
-`Student` computes what `gte_rag.model` computes, from parameters of the same names, on batches of texts of equal length.
+`Student` computes what `gte_rag.model` computes, from parameters of the same names, with gradients.
 
 The transplant gives a student that agrees with its teacher before any training (positions apart):
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from teacher import Teacher
+from teacher import Batch, Teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,21 +46,20 @@ class Layer(nn.Module):
             for parameter in (*self.attn_ln.parameters(), *self.mlp_ln.parameters()):
                 parameter.register_hook(_but_constant)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None) -> Tensor:
-        """Apply the layer: (texts, length, C) -> the same; only tokens that are `real` are attended to."""
-        texts, length, width = hidden.shape
-        qkv = self.attention["qkv_proj"](hidden).view(texts, length, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        mixed = _attend(q, k, v, real).transpose(1, 2).reshape(texts, length, width)
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """Apply the layer to packed tokens: (tokens, C) -> the same."""
+        q, k, v = self.attention["qkv_proj"](hidden).view(len(hidden), 3, self.num_heads, -1).unbind(1)
+        mixed = batch.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         hidden = self.attn_ln(hidden + self.attention["o_proj"](mixed))
+        return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
+
+    def neurons(self, hidden: Tensor) -> Tensor:
+        """Return what the MLP's down projection reads: (tokens, C) -> (tokens, F)."""
         if self.plain:
             weight = self.mlp["up_gate_proj"].weight
-            inner = functional.gelu(functional.linear(hidden, weight[len(weight) // 2 :]))
-        else:
-            up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
-            inner = functional.gelu(gate) * up
-        return self.mlp_ln(hidden + self.mlp["down_proj"](inner))
+            return functional.gelu(functional.linear(hidden, weight[len(weight) // 2 :]))
+        up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
+        return functional.gelu(gate) * up
 
 
 def config_from(shape: Mapping[str, Any]) -> GTEConfig:
@@ -74,17 +73,8 @@ def _but_constant(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    """Attention of (texts, heads, length, C / heads); spelled out for short texts, where that is twice as fast on a CPU."""
-    if q.shape[2] > 512:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=real)
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-    if real is not None:
-        scores = scores.masked_fill(~real, float("-inf"))
-    return torch.matmul(scores.softmax(-1), v)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels by the angles of their positions: (tokens, heads, C / heads)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -102,25 +92,19 @@ class Student(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.frequencies = config.inverse_frequencies()
 
-    def forward(self, token_ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """Return the last hidden states: int64 (texts, length) -> (texts, length, C).
-
-        Args:
-            token_ids: Ids of the texts.
-            real: bool, of the same shape: which tokens are no padding; None when all are.
-        """
-        angles = torch.arange(token_ids.shape[1]).float()[:, None] * self.frequencies
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """Return the packed hidden states after every layer, each (tokens, C), float32."""
+        angles = batch.positions.float()[:, None, None] * self.frequencies.to(batch.positions.device)
         cos, sin = angles.cos(), angles.sin()
-        hidden = self.embeddings_ln(self.word_embeddings(token_ids))
-        if torch.is_autocast_enabled("cpu"):
-            cos, sin, hidden = cos.bfloat16(), sin.bfloat16(), hidden.bfloat16()
-        mask = None if real is None else real[:, None, None, :]
+        hidden = self.embeddings_ln(self.word_embeddings(batch.ids))
+        states = []
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask)
-        return hidden.float()
+            hidden = layer(hidden, cos, sin, batch)
+            states.append(hidden.float())
+        return states
 
     def token_weights(self, hidden: Tensor) -> Tensor:
-        """Return the sparse weight of every token: (texts, length, C) -> (texts, length)."""
+        """Return the sparse weight of every token: (tokens, C) -> (tokens,)."""
         return torch.relu(self.classifier(hidden)).squeeze(-1)
 
 

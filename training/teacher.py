@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from batch import Batch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -66,16 +67,17 @@ class Teacher:
     def _width(self, name: str) -> int:
         return self.intermediate_size if name.endswith("fo.w") else self.hidden_size
 
-    def prepare(self, dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights into the dtype `embed` computes in."""
-        self._run = {name: tensor.to(dtype) for name, tensor in self.weights.items()}
+    def prepare(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        """Bring the weights into the dtype and to the device they are computed with."""
+        self.device = torch.device(device)
+        self._run = {name: tensor.to(device, dtype) for name, tensor in self.weights.items()}
         for layer in range(self.num_layers):
             for kind in ("w", "b"):
                 parts = [self._run[f"l{layer}.{part}.{kind}"] for part in "qkv"]
                 self._run[f"l{layer}.qkv.{kind}"] = torch.cat(parts)
 
     @torch.inference_mode()
-    def embed(self, token_ids: Sequence[Sequence[int]], max_tokens: int = 8192) -> NDArray[np.float16]:
+    def embed(self, token_ids: Sequence[Sequence[int]], max_tokens: int = 8192) -> Tensor:
         """Return the mean of each text's last hidden states, not normalised.
 
         Args:
@@ -83,63 +85,57 @@ class Teacher:
             max_tokens: Tokens that pass through the network together.
 
         Returns:
-            float16, shape (texts, hidden_size).
+            float32, shape (texts, hidden_size).
         """
-        out = np.zeros((len(token_ids), self.hidden_size), dtype=np.float16)
-        lengths = np.array([len(ids) for ids in token_ids])
-        order = np.argsort(lengths, kind="stable")
+        out = torch.zeros(len(token_ids), self.hidden_size)
+        order = sorted(range(len(token_ids)), key=lambda text: len(token_ids[text]))
         start = 0
         while start < len(order):
-            length = int(lengths[order[start]])
-            stop = start
-            while stop < len(order) and lengths[order[stop]] == length and (stop - start + 1) * length <= max_tokens:
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * len(token_ids[order[stop]]) <= max_tokens:
                 stop += 1
-            stop = max(stop, start + 1)
-            rows = order[start:stop]
-            ids = torch.tensor([list(token_ids[row]) for row in rows])
-            out[rows] = self._hidden(ids).float().mean(1).numpy().astype(np.float16)
+            batch = Batch([token_ids[text] for text in order[start:stop]], self.device)
+            out[order[start:stop]] = batch.mean(self.states(batch)[-1]).cpu()
             start = stop
         return out
 
     @torch.inference_mode()
-    def trace(self, ids: Tensor) -> dict[str, Tensor]:
-        """Run one batch of texts of equal length and return what happened inside.
-
-        Returns:
-            ``norms``: every LayerNorm's output, (2 * layers + 1, texts, length, C); ``squares``: summed squares of every MLP's
-            neurons, (layers, F); ``last``: the last hidden states.
-        """
-        norms: list[Tensor] = []
-        inner: list[Tensor] = []
-        last = self._hidden(ids, norms, inner)
-        squares = torch.stack([neurons.square().sum((0, 1)) for neurons in inner])
-        return {"norms": torch.stack(norms), "squares": squares, "last": last}
-
-    def _hidden(self, ids: Tensor, norms: list[Tensor] | None = None, neurons: list[Tensor] | None = None) -> Tensor:
-        w, texts, length = self._run, ids.shape[0], ids.shape[1]
-        shape = (self.hidden_size,)
-        hidden = w["emb.word"][ids] + w["emb.pos"][:length] + w["emb.type"][: shape[0]]
-        hidden = functional.layer_norm(hidden, shape, w["emb.ln.w"], w["emb.ln.b"], self.eps)
-        _note(norms, hidden)
+    def states(self, batch: Batch) -> list[Tensor]:
+        """Return the packed hidden states after every layer, each (tokens, C), float32; texts have at most 512 tokens."""
+        hidden = self.embedded(batch)
+        states = []
         for layer in range(self.num_layers):
-            at = f"l{layer}."
-            qkv = functional.linear(hidden, w[at + "qkv.w"], w[at + "qkv.b"])
-            q, k, v = qkv.view(texts, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(texts, length, -1)
-            hidden = hidden + functional.linear(mixed, w[at + "ao.w"], w[at + "ao.b"])
-            hidden = functional.layer_norm(hidden, shape, w[at + "aln.w"], w[at + "aln.b"], self.eps)
-            _note(norms, hidden)
-            inner = functional.gelu(functional.linear(hidden, w[at + "fi.w"], w[at + "fi.b"]))
-            _note(neurons, inner)
-            hidden = hidden + functional.linear(inner, w[at + "fo.w"], w[at + "fo.b"])
-            hidden = functional.layer_norm(hidden, shape, w[at + "oln.w"], w[at + "oln.b"], self.eps)
-            _note(norms, hidden)
-        return hidden
+            hidden = self.norm(self.attended(hidden, layer, batch), f"l{layer}.aln")
+            hidden = self.norm(hidden + self.linear(self.neurons(hidden, layer), f"l{layer}.fo"), f"l{layer}.oln")
+            states.append(hidden.float())
+        return states
 
+    def embedded(self, batch: Batch) -> Tensor:
+        """Return what the first layer reads, (tokens, C)."""
+        w = self._run
+        hidden = w["emb.word"][batch.ids] + w["emb.pos"][batch.positions] + w["emb.type"][: self.hidden_size]
+        return self.norm(hidden, "emb.ln")
 
-def _note(notes: list[Tensor] | None, value: Tensor) -> None:
-    if notes is not None:
-        notes.append(value)
+    def queries_keys_values(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three of a layer, each (tokens, heads, C / heads)."""
+        q, k, v = self.linear(hidden, f"l{layer}.qkv").view(len(hidden), 3, self.num_heads, -1).unbind(1)
+        return q, k, v
+
+    def attended(self, hidden: Tensor, layer: int, batch: Batch) -> Tensor:
+        """Return a layer's sum of input and attention, before the LayerNorm."""
+        return hidden + self.linear(batch.attend(*self.queries_keys_values(hidden, layer)), f"l{layer}.ao")
+
+    def neurons(self, hidden: Tensor, layer: int) -> Tensor:
+        """Return the MLP's neurons, (tokens, F)."""
+        return functional.gelu(self.linear(hidden, f"l{layer}.fi"))
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Apply a matrix and its bias."""
+        return functional.linear(x, self._run[name + ".w"], self._run[name + ".b"])
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """Apply a LayerNorm."""
+        return functional.layer_norm(x, x.shape[-1:], self._run[name + ".w"], self._run[name + ".b"], self.eps)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int = 512) -> list[list[int]]:

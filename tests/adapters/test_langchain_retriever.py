@@ -26,6 +26,8 @@ from langchain_gte import GTEEmbeddings, GTEHybridRetriever
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 SCORE_KEYS = {"gte_score", "gte_dense_score", "gte_sparse_score"}
 DOCUMENTS = [
     Document("The Great Wall of China is visible from afar.", id="wall", metadata={"lang": "en", "year": 2020}),

@@ -33,6 +33,8 @@ from langchain_gte import GTEChroma, GTEEmbeddings, GTEHybridRetriever
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 DOCUMENTS = [
     Document("The Great Wall of China is visible from afar.", id="wall", metadata={"lang": "en", "year": 2020}),
     Document("Rust frees memory without a garbage collector.", id="rust", metadata={"lang": "en", "year": 2021}),

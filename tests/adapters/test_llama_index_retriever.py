@@ -32,6 +32,8 @@ from llama_index.retrievers.gte import GTEHybridRetriever
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 NODES = [
     TextNode(text="The Great Wall of China is visible from afar.", id_="wall", metadata={"lang": "en", "year": 2020}),
     TextNode(text="Rust frees memory without a garbage collector.", id_="rust", metadata={"lang": "en", "year": 2021}),

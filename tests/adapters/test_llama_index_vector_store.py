@@ -33,6 +33,8 @@ from stub_encoder import StubEncoder
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
 MODES = VectorStoreQueryMode
 NODES = [
     TextNode(text="The Great Wall of China is visible from afar.", id_="wall", metadata={"lang": "en", "year": 2020}),

@@ -1,0 +1,51 @@
+"""Packed texts: everything but attention is computed on the tokens of all texts in a row, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Batch:
+    """Texts of one forward pass.
+
+    Attributes:
+        ids: int64 (tokens,), the token ids of all texts in a row.
+        positions: int64 (tokens,), the position of every token in its text.
+        text: int64 (tokens,), the text of every token.
+        first: int64 (texts,), where each text begins.
+    """
+
+    def __init__(self, token_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        self.first = (lengths.cumsum(0) - lengths).to(device)
+        self.text = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+        self.ids = torch.tensor([token for ids in token_ids for token in ids], device=device)
+        self.positions = torch.arange(len(self.ids), device=device) - self.first[self.text]
+        self.lengths = lengths.to(device)
+        self._longest = int(lengths.max())
+        self._even = bool((lengths == self._longest).all())
+        self._places = self.text * self._longest + self.positions
+        self._padding = torch.arange(self._longest, device=device) >= self.lengths[:, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Let the tokens of each text attend to each other: (tokens, heads, C / heads) three times -> (tokens, C)."""
+        q, k, v = (self._padded(x) for x in (q, k, v))
+        mask = None if self._even else ~self._padding[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = mixed.transpose(1, 2).reshape(len(self.lengths) * self._longest, -1)
+        return mixed if self._even else mixed[self._places]
+
+    def mean(self, states: Tensor) -> Tensor:
+        """Return the mean over each text's tokens: (tokens, C) -> (texts, C)."""
+        sums = states.new_zeros(len(self.lengths), states.shape[1]).index_add(0, self.text, states)
+        return sums / self.lengths[:, None]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(tokens, heads, C / heads) -> (texts, heads, longest, C / heads)."""
+        if not self._even:
+            x = x.new_zeros(len(self.lengths) * self._longest, *x.shape[1:]).index_copy(0, self._places, x)
+        return x.view(len(self.lengths), self._longest, *x.shape[1:]).transpose(1, 2)

@@ -1,0 +1,279 @@
+"""What a transplant loses can mostly be solved for: positions and linear maps, layer by layer, without gradients.
+
+The teacher adds absolute positions to its word embeddings; a GTE network only turns queries and keys. What the teacher's
+attention makes of positions is, to nine tenths, a function of the distance between two tokens, one for every head. A head
+here has some pairs of channels that turn fast and are given nothing to read: their biases alone, turned against each other,
+make a sum of cosines of the distance, which is fitted to the teacher's. The content of queries and keys moves into the other
+pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
+
+Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
+come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
+Every matrix is rounded to the checkpoint's grid as soon as it is known, so that the next solution makes good for that, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from alignment import Spans
+from batch import Batch
+from grid import EMBEDDING_STEPS, STEPS, coarse
+from student import CONSTANT, Layer, Student, rotate
+from teacher import Teacher
+from torch import Tensor, nn
+from torch.nn import functional
+
+SLOTS = 4  # pairs of channels of a head that tell distances: those that turn fastest
+_NEAR, _FAR = 64, 384  # distances that are fitted: as measured, and level
+_FAR_WEIGHT = 0.5  # of all far distances together, beside the near ones
+_FEWEST = 5  # texts that must reach a position for its mean to count
+_RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # in units of the mean square of what is read
+_SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
+_HELD_OUT = 8  # one in so many lessons
+
+
+class Lesson(NamedTuple):
+    """Texts in the tokens of both, which spans they share, and the states of both that go from layer to layer."""
+
+    mine: Batch
+    its: Batch
+    spans: Spans
+    states: dict[str, Tensor]
+
+
+@torch.inference_mode()
+def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Sequence[Lesson]) -> list[float]:
+    """Fit a transplanted student to its teacher on some texts.
+
+    Args:
+        student: Changed in place.
+        teacher: Prepared in float32.
+        layers: The teacher's layers that the student has.
+        lessons: The texts, some thousand tokens in each, with empty `states`.
+
+    Returns:
+        After each layer, the share of the variance of the teacher's states that the student's miss.
+    """
+    student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
+    for mine, its, _, states in lessons:
+        states["hidden"] = student.embeddings_ln(student.word_embeddings(mine.ids))
+        states["teacher"] = teacher.embedded(its)
+    missed = []
+    for number, (old, following) in enumerate(zip(layers, [*layers[1:], teacher.num_layers], strict=True)):
+        layer = student.layers[number]
+        assert isinstance(layer, Layer)
+        kernels = distance_kernels(teacher, old, lessons)
+        some = torch.cat([lesson.states["hidden"] for lesson in lessons[:_SOME]])
+        place_positions(layer, kernels, some, student.frequencies)
+        round_off(layer.attention["qkv_proj"])
+        round_off(layer.mlp["up_gate_proj"])
+        output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
+        fit = Fit(output)
+        for mine, its, spans, states in lessons:
+            states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
+            before = teacher.attended(states["teacher"], old, its)
+            fit.add(states["mixed"], states["hidden"], before, spans)
+            states["teacher"] = teacher.norm(before, f"l{old}.aln")
+        fit.solve()
+        round_off(output)
+        for kind, values in (("w", layer.mlp_ln.weight), ("b", layer.mlp_ln.bias)):
+            new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
+            new[CONSTANT] = values[CONSTANT]
+            values.copy_(new)
+        fit = Fit(down)
+        for _, its, spans, states in lessons:
+            states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
+            state = states["teacher"]
+            for there in range(old, following):  # the layers that the student lacks come at once
+                if there > old:
+                    state = teacher.norm(teacher.attended(state, there, its), f"l{there}.aln")
+                before = state + teacher.linear(teacher.neurons(state, there), f"l{there}.fo")
+                state = teacher.norm(before, f"l{there}.oln")
+            fit.add(layer.neurons(states["hidden"]), states["hidden"], before, spans)
+            states["teacher"] = state
+        fit.solve()
+        round_off(down)
+        error = total = 0.0
+        for _, _, spans, states in lessons:
+            states["hidden"] = layer.mlp_ln(states["hidden"] + down(layer.neurons(states["hidden"])))
+            wanted = spans.mean(states["teacher"], spans.teacher)
+            error += float((spans.mean(states["hidden"], spans.student) - wanted).square().sum())
+            total += float((wanted - wanted.mean(0)).square().sum())
+        missed.append(error / total)
+    return missed
+
+
+@torch.inference_mode()
+def heal_pooling(student: Student, lessons: Sequence[Lesson], targets: Sequence[Tensor]) -> None:
+    """Fit the output projection of the layer that pools to the vectors that the first tokens should have.
+
+    Args:
+        student: Changed in place; its other layers are healed.
+        lessons: As `heal` left them.
+        targets: The teacher's vectors of each lesson's texts, centred and rotated.
+    """
+    layer = student.layers[-1]
+    assert isinstance(layer, Layer)
+    fit = Fit(layer.attention["o_proj"])
+    for (mine, _, _, states), target in zip(lessons, targets, strict=True):
+        first = mix(layer, states["hidden"], mine, student.frequencies)[mine.first]
+        hidden = states["hidden"][mine.first]
+        sums = hidden + layer.attention["o_proj"](first)
+        wanted = target * ((sums * target).sum() / target.square().sum())
+        fit.add_rows(first, wanted - sums)
+    fit.solve()
+
+
+def round_off(linear: nn.Linear) -> None:
+    """Bring a projection onto the grid of the checkpoint."""
+    linear.weight.copy_(coarse(linear.weight, STEPS))
+
+
+def mix(layer: Layer, hidden: Tensor, batch: Batch, frequencies: Tensor) -> Tensor:
+    """Return what a layer's output projection reads, (tokens, C)."""
+    angles = batch.positions.float()[:, None, None] * frequencies
+    q, k, v = layer.attention["qkv_proj"](hidden).view(len(hidden), 3, layer.num_heads, -1).unbind(1)
+    return batch.attend(rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin()), v)
+
+
+def distance_kernels(teacher: Teacher, layer: int, lessons: Sequence[Lesson]) -> Tensor:
+    """Return what distance adds to the attention scores of each head, measured on what the layer reads.
+
+    The mean state at a position is its share of the state. Means of two halves of the texts are multiplied, so that their
+    noise is not.
+
+    Returns:
+        float32, (heads, 2 * _NEAR + 1): distances from -_NEAR (key before query) to _NEAR.
+    """
+    heads, halves = teacher.num_heads, []
+    for half in (0, 1):
+        count, sums = torch.zeros(teacher.max_positions), torch.zeros(teacher.max_positions, teacher.hidden_size)
+        for _, its, _, states in lessons:
+            chosen = its.text % 2 == half
+            position = its.positions[chosen]
+            count.index_add_(0, position, torch.ones(len(position)))
+            sums.index_add_(0, position, states["teacher"][chosen])
+        halves.append(sums[count >= _FEWEST] / count[count >= _FEWEST, None])
+    longest, products = min(map(len, halves)), []
+    for half_means in halves:
+        mean = half_means[:longest] - half_means[1:longest].mean(0)
+        w = teacher.weights
+        products.append(
+            [functional.linear(mean, w[f"l{layer}.{part}.w"]).view(longest, heads, -1) for part in ("q", "k")]
+        )
+    (q, k), (other_q, other_k) = products
+    scores = torch.einsum("ihd,jhd->hij", q, other_k) + torch.einsum("ihd,jhd->hij", other_q, k)
+    scores *= 0.5 * q.shape[-1] ** -0.5
+    distances = range(-_NEAR, _NEAR + 1)
+    return torch.stack([scores.diagonal(distance, 1, 2)[:, 1:].mean(1) for distance in distances], 1)
+
+
+def place_positions(layer: Layer, kernels: Tensor, hidden: Tensor, frequencies: Tensor) -> None:
+    """Give the fast pairs of channels of every head to positions, and the others to the content.
+
+    Args:
+        layer: Changed in place.
+        kernels: From `distance_kernels`.
+        hidden: What the layer reads, (tokens, C).
+        frequencies: Angle per position of each pair of channels.
+    """
+    projection = layer.attention["qkv_proj"]
+    width = projection.weight.shape[1]
+    size = width // layer.num_heads
+    whole = torch.cat([projection.weight, projection.bias[:, None]], 1)  # the bias as a last column
+    q, k, _ = projection(hidden).double().view(len(hidden), 3, layer.num_heads, size).unbind(1)
+    content = size - 2 * SLOTS
+    order = [channel for pair in range(size // 2 - 1, SLOTS - 1, -1) for channel in (pair, pair + size // 2)]
+    for head, kernel in enumerate(kernels):
+        rows = [slice(part * width + head * size, part * width + (head + 1) * size) for part in (0, 1)]
+        keys = k[:, head] - k[:, head].mean(0)  # what all keys share changes no softmax
+        roots = [
+            torch.linalg.cholesky(x.T @ x / len(x) + 1e-6 * torch.eye(size, dtype=x.dtype)).T
+            for x in (q[:, head], keys)
+        ]
+        u, strengths, v = torch.linalg.svd(roots[0] @ roots[1].T)
+        amplitude = fit_cosines(kernel, frequencies[:SLOTS]) * size**0.5  # what attention divides by
+        for row, basis, root, part in zip(rows, (u.T, v), roots, (0, 1), strict=True):
+            turn = (strengths.sqrt()[:, None] * basis @ torch.linalg.inv(root).T)[:content]
+            new = torch.zeros(size, width + 1)
+            new[order] = turn.float() @ whole[row]
+            strength = amplitude.abs().clamp(min=1e-6).sqrt()
+            if part == 0:
+                new[:SLOTS, -1] = strength
+            else:
+                new[:SLOTS, -1] = amplitude.real / strength
+                new[size // 2 : size // 2 + SLOTS, -1] = -amplitude.imag / strength
+            projection.weight[row], projection.bias[row] = new[:, :-1], new[:, -1]
+
+
+def fit_cosines(kernel: Tensor, frequencies: Tensor) -> Tensor:
+    """Fit ``sum over f of re(a_f) cos(f d) + im(a_f) sin(f d)`` to a function of the distance d, up to a constant.
+
+    Distances with more weight in a softmax count more. Beyond those measured the function is taken to stay level.
+    """
+    distances = torch.arange(-_FAR, _FAR + 1)
+    values = torch.full((len(distances),), 0.0)
+    middle = slice(_FAR - _NEAR, _FAR + _NEAR + 1)
+    level = _NEAR // 4
+    values[: middle.start], values[middle.stop :] = kernel[:level].mean(), kernel[-level:].mean()
+    values[middle] = kernel
+    weights = (values - values.max()).clamp(min=-4).exp()
+    far = distances.abs() > _NEAR
+    weights[far] *= _FAR_WEIGHT * weights[~far].sum() / weights[far].sum()
+    angles = distances[:, None] * frequencies
+    basis = torch.cat([torch.ones(len(distances), 1), angles.cos(), angles.sin()], 1)
+    penalty = 1e-3 * weights.sum() * torch.eye(basis.shape[1])
+    penalty[0, 0] = 0
+    solution = torch.linalg.solve(basis.T @ (weights[:, None] * basis) + penalty, basis.T @ (weights * values))
+    return torch.complex(solution[1 : 1 + SLOTS], solution[1 + SLOTS :])
+
+
+class Fit:
+    """Ridge regression of what a projection should add, from sums over many tokens.
+
+    How far the projection may go from where it is (the ridge) is chosen by the error on texts that were not solved for.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        size = linear.weight.shape[1] + 1
+        self.grams = torch.zeros(2, size, size)  # of what is fitted and of what is held out
+        self.moments = torch.zeros(2, size, len(linear.weight))
+        self.calls = 0
+
+    def add(self, read: Tensor, hidden: Tensor, wanted: Tensor, spans: Spans) -> None:
+        """Take tokens in.
+
+        Args:
+            read: What the projection reads, (tokens, F).
+            hidden: What its output is added to, (tokens, C).
+            wanted: What the teacher has there, (the teacher's tokens, C).
+            spans: Which tokens belong together.
+        """
+        error = spans.mean(wanted, spans.teacher) - spans.mean(hidden + self.linear(read), spans.student)
+        error[:, CONSTANT] = 0
+        self.add_rows(spans.mean(read, spans.student), error)
+
+    def add_rows(self, read: Tensor, error: Tensor) -> None:
+        """Take rows in: what is read, and what is missing from the output."""
+        inputs = functional.pad(read, (0, 1), value=1.0)
+        held = int(self.calls % _HELD_OUT == _HELD_OUT - 1)
+        self.grams[held] += inputs.T @ inputs
+        self.moments[held] += inputs.T @ error
+        self.calls += 1
+
+    def solve(self) -> None:
+        """Change the projection."""
+        values, vectors = torch.linalg.eigh(self.grams[0])
+        turned, unseen = vectors.T @ self.moments[0], vectors.T @ self.grams[1] @ vectors
+        unseen_moments = vectors.T @ self.moments[1]
+        best, change = 0.0, torch.zeros_like(turned)
+        for ridge in _RIDGES:
+            solution = turned / (values.clamp(min=0) + ridge * values.mean())[:, None]
+            left = float((solution * (unseen @ solution - 2 * unseen_moments)).sum())  # squared error, less a constant
+            if left < best:
+                best, change = left, vectors @ solution
+        self.linear.weight += change[:-1].T
+        self.linear.bias += change[-1]
