@@ -20,7 +20,7 @@ import torch
 from alignment import Spans
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
-from student import CONSTANT, Layer, Student, rotate
+from student import CONSTANT, Layer, Student
 from teacher import Teacher
 from torch import Tensor, nn
 from torch.nn import functional
@@ -134,8 +134,7 @@ def round_off(linear: nn.Linear) -> None:
 def mix(layer: Layer, hidden: Tensor, batch: Batch, frequencies: Tensor) -> Tensor:
     """Return what a layer's output projection reads, (tokens, C)."""
     angles = batch.positions.float()[:, None, None] * frequencies
-    q, k, v = layer.attention["qkv_proj"](hidden).view(len(hidden), 3, layer.num_heads, -1).unbind(1)
-    return batch.attend(rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin()), v)
+    return layer.mixed(hidden, angles.cos(), angles.sin(), batch)
 
 
 def distance_kernels(teacher: Teacher, layer: int, lessons: Sequence[Lesson]) -> Tensor:

@@ -48,10 +48,13 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Apply the layer to packed tokens: (tokens, C) -> the same."""
-        q, k, v = self.attention["qkv_proj"](hidden).view(len(hidden), 3, self.num_heads, -1).unbind(1)
-        mixed = batch.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        hidden = self.attn_ln(hidden + self.attention["o_proj"](mixed))
+        hidden = self.attn_ln(hidden + self.attention["o_proj"](self.mixed(hidden, cos, sin, batch)))
         return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
+
+    def mixed(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """Return what the attention's output projection reads: (tokens, C) -> the same."""
+        q, k, v = self.attention["qkv_proj"](hidden).view(len(hidden), 3, self.num_heads, -1).unbind(1)
+        return batch.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def neurons(self, hidden: Tensor) -> Tensor:
         """Return what the MLP's down projection reads: (tokens, C) -> (tokens, F)."""
