@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +20,10 @@ sys.path.insert(0, str(TRAINING))
 
 from alignment import common  # noqa: E402
 from batch import Batch  # noqa: E402
-from heal import SLOTS, fit_cosines, place_positions  # noqa: E402
-from student import Layer, Student, rotate  # noqa: E402
+from heal import SLOTS, Lesson, fit_cosines, heal, place_positions  # noqa: E402
+from mixture import Texts  # noqa: E402
+from student import CONSTANT, RARE, Layer, Student, rotate, transplant  # noqa: E402
+from teacher import Teacher  # noqa: E402
 
 
 class Tokens:
@@ -108,3 +112,70 @@ def test_biases_alone_make_attention_depend_on_distance(encoder: GTEEncoder) -> 
     turned = (torch.arange(40.0)[:, None] - 20) * frequencies[:SLOTS]
     wanted = (turned.cos() * amplitudes.real + turned.sin() * amplitudes.imag).sum(1)
     torch.testing.assert_close(row, wanted, atol=1e-4, rtol=0)
+
+
+def small_teacher(layers: int = 3, pieces: int = 60, width: int = 384) -> Teacher:
+    """Return a teacher with random weights; its width is the real one's, because channels have numbers."""
+    teacher = Teacher.__new__(Teacher)
+    teacher.hidden_size, teacher.intermediate_size, teacher.num_layers, teacher.num_heads = width, 256, layers, 12
+    teacher.max_positions, teacher.eps = 64, 1e-12
+    torch.manual_seed(0)
+    w = {
+        "emb.word": torch.randn(pieces, width),
+        "emb.pos": 0.05 * torch.randn(64, width),
+        "emb.type": torch.zeros(width),
+    }
+    norms = ["emb.ln"]
+    for layer in range(layers):
+        for name, rows, columns in (
+            *((part, width, width) for part in ("q", "k", "v", "ao")),
+            ("fi", 256, width),
+            ("fo", width, 256),
+        ):
+            w[f"l{layer}.{name}.w"] = 0.05 * torch.randn(rows, columns)
+            w[f"l{layer}.{name}.b"] = 0.05 * torch.randn(rows)
+        norms += [f"l{layer}.aln", f"l{layer}.oln"]
+    for name in norms:
+        w[name + ".w"], w[name + ".b"] = 0.5 + 0.05 * torch.randn(width), 0.05 * torch.randn(width)
+    teacher.weights = w
+    teacher.prepare()
+    return teacher
+
+
+def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEncoder) -> None:
+    teacher = small_teacher()
+    generator = torch.Generator().manual_seed(1)
+    token_ids = [torch.randint(4, 60, (9,), generator=generator).tolist() for _ in range(80)]
+    batch = Batch(token_ids)
+    states = [teacher.embedded(batch), *teacher.states(batch)]
+    constants, norms = torch.ones(7), torch.tensor([[0.0, 1.0, 0.0]]).repeat(7, 1)
+    norms[:, 2] = torch.stack([states[(at + 1) // 2][:, RARE].mean() for at in range(7)])
+    config = dataclasses.replace(encoder.config, vocab_size=60, num_layers=4, intermediate_size=256)
+    rarity = torch.linspace(-0.5, 0.5, 60)
+    projection, mean = torch.eye(384), torch.zeros(384)
+    neurons = [torch.arange(256)] * 3
+    student = transplant(
+        teacher, range(60), [0, 1, 2], config, constants, mean, projection, mean, neurons, rarity, norms
+    )
+    for linear in (student.layers[n].attention["o_proj"] for n in range(3)):
+        assert not linear.weight[[CONSTANT, RARE]].any()  # nobody but the embeddings writes there
+    # Every token is a span of its own: both read the same pieces.
+    encodings = [Tokens(*((i, i + 1) for i in range(len(ids) - 2))) for ids in token_ids]
+    lessons = []
+    for start in range(0, 80, 10):
+        few = slice(start, start + 10)
+        spans = common(encodings[few], encodings[few], [9] * 10)
+        lessons.append(Lesson(Batch(token_ids[few]), Batch(token_ids[few]), spans, {}))
+    missed = heal(student, teacher, [0, 1, 2], lessons)
+    assert missed[-1] < 0.5
+    with torch.inference_mode():
+        carried = student(batch)[2][:, RARE]
+    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.8  # untouched channels: about 0
+
+
+def test_the_usual_rarity_of_a_token_is_that_where_it_occurs() -> None:
+    texts = Texts.__new__(Texts)
+    texts.pools, texts._languages = {"de": {}, "en": {}}, [1.0, 2.0]
+    # "die" is everywhere in German and nowhere in English; a name is rare in both; the last token never occurs.
+    rare = {"de": np.array([0.05, 0.8, 1.0], np.float32), "en": np.array([1.0, 0.8, 1.0], np.float32)}
+    assert texts.usual_rarity(rare) == pytest.approx([0.05, 0.8, 1.0], abs=1e-3)

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="an exported checkpoint")
     parser.add_argument("--pairs", type=int, default=400, help="of each source")
     args = parser.parse_args()
-    encoder = GTEEncoder.from_pretrained(args.model, precision="bf16", max_length=256)
+    encoder = GTEEncoder.from_pretrained(args.model, max_length=256)
     rng = seeded(0)
     sources: dict[str, list[corpus.Pair]] = {}
     for pair in corpus.question_pairs(args.data):

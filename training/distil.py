@@ -3,9 +3,9 @@
 Every step is one of three kinds:
 
 - **texts**: the first token learns the teacher's mean-pooled vector of the same text in the teacher's own pieces. Its vectors
-  are centred and rotated to their principal components, so that leading dimensions come first, and every prefix also learns the
-  similarities of the whole vector within the batch (Matryoshka, arXiv:2205.13147). Every other token learns the teacher's
-  states over the same characters, after several layers.
+  are centred, damped and rotated to their principal components, so that leading dimensions come first, and every prefix also
+  learns the similarities of the whole vector within the batch (Matryoshka, arXiv:2205.13147). Every other token learns the
+  teacher's states over the same characters, after several layers.
 - **pairs**: a question and its passage or a sentence and its translation, among others that share words: the same, and both
   the vectors and the sparse weights must find the other half.
 - **long**: the target of a document of 600 to 4,096 tokens is the mean over its parts.
@@ -33,7 +33,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import rounded_layers
 from mixture import Pairs, Text, Texts, long_document, seeded, text_batches
-from student import Student, config_from
+from student import RARE, Student, config_from
 from teacher import Teacher, tokenize
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, distributed
@@ -43,7 +43,7 @@ from vocabulary import SPECIALS
 from gte_rag.precision import resolve
 
 DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
-_PAIRS, _LONG = 0.22, 0.03  # shares of steps
+_PAIRS, _LONG = 0.3, 0.03  # shares of steps
 _TEMPERATURE = 0.05
 _SIMILARITY = 0.15  # weight of the divergence of similarities
 _CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 0.5
@@ -60,7 +60,7 @@ class Run:
     def __init__(self, start: dict[str, Tensor], folder: Path, longest: int, device: torch.device) -> None:
         """Read the data and build the models from what `prepare.py` wrote."""
         self.longest, self.device = longest, device
-        self.mean, self.rotation = start["mean"].to(device), start["rotation"].to(device)
+        self.mean, self.projection = start["mean"].to(device), start["projection"].to(device)
         self.tokenizer = Tokenizer.from_str(start["tokenizer"])
         self.teacher_tokenizer = Tokenizer.from_str(start["teacher_tokenizer"])
         self.dtype = torch.bfloat16 if resolve("auto", device) == "bf16" else torch.float32
@@ -85,7 +85,7 @@ class Run:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return batch, self.student(batch)
 
-    def taught(self, texts: Sequence[str], encodings: Sequence[Encoding], lengths: Sequence[int]) -> Lesson:
+    def taught(self, texts: Sequence[str], encodings: Sequence[Encoding], lengths: Sequence[int]) -> Targets:
         """Return what the teacher makes of texts: `lengths` tokens of each in the student's encoding."""
         its = self.teacher_tokenizer.encode_batch(list(texts))
         for encoding in its:
@@ -94,17 +94,18 @@ class Run:
         states = self.teacher.states(batch)
         spans = common(encodings, its, lengths, self.device)
         means = [spans.mean(states[layer], spans.teacher) for _, layer in self.compared]
-        return Lesson(self.centred(batch.mean(states[-1])), spans, means)
+        return Targets(self.centred(batch.mean(states[-1])), spans, means)
 
     def centred(self, pooled: Tensor) -> Tensor:
-        """Return the teacher's vectors of length 1, centred and turned to their principal components."""
-        return (functional.normalize(pooled, dim=1) - self.mean) @ self.rotation.T
+        """Return the teacher's vectors of length 1, centred and projected as `prepare.py` chose."""
+        return (functional.normalize(pooled, dim=1) - self.mean) @ self.projection.T
 
-    def missed(self, states: Sequence[Tensor], lesson: Lesson) -> Tensor:
+    def missed(self, states: Sequence[Tensor], targets: Targets) -> Tensor:
         """Return the share of the variance of the teacher's states that the student's miss, mean over the compared layers."""
         total = torch.zeros((), device=self.device)
-        for (layer, _), wanted in zip(self.compared, lesson.states, strict=True):
-            error = lesson.spans.mean(states[layer], lesson.spans.student) - wanted
+        for (layer, _), wanted in zip(self.compared, targets.states, strict=True):
+            error = targets.spans.mean(states[layer], targets.spans.student) - wanted
+            error[:, RARE] = 0  # is something else here
             total = total + error.square().mean() / (wanted - wanted.mean(0)).square().mean()
         return total / len(self.compared)
 
@@ -160,9 +161,9 @@ class Run:
         ):
             encodings = self.tokenizer.encode_batch([text.text for text in texts])
             lengths = [min(len(encoding.ids), longest) for encoding in encodings]
-            loss, _, batch, states, lesson = self._learn(texts, encodings, lengths, anchor)
+            loss, _, batch, states, targets = self._learn(texts, encodings, lengths, anchor)
             value = value + 0.5 * loss
-            sides.append((states[-1][batch.first], self.sparse(states[-1], batch), lesson.vectors))
+            sides.append((states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
         (q, q_sparse, q_target), (p, p_sparse, p_target) = sides
         wanted = torch.arange(len(pairs), device=self.device)
         whole = self.student.config.hidden_size
@@ -195,20 +196,20 @@ class Run:
 
     def _learn(
         self, texts: Sequence[Text], encodings: Sequence[Encoding], lengths: Sequence[int], anchor: float
-    ) -> tuple[Tensor, Tensor, Batch, list[Tensor], Lesson]:
-        lesson = self.taught([text.text for text in texts], encodings, lengths)
+    ) -> tuple[Tensor, Tensor, Batch, list[Tensor], Targets]:
+        targets = self.taught([text.text for text in texts], encodings, lengths)
         ids = [
             encoding.ids if len(encoding.ids) == length else encoding.ids[: length - 1] + encoding.ids[-1:]
             for encoding, length in zip(encodings, lengths, strict=True)
         ]
         batch, states = self.encode(ids)
-        vectors, missed = states[-1][batch.first], self.missed(states, lesson)
-        value = distillation(vectors, lesson.vectors) + _STATES * missed
+        vectors, missed = states[-1][batch.first], self.missed(states, targets)
+        value = distillation(vectors, targets.vectors) + _STATES * missed
         value = value + anchor * self.rarity(states[-1], batch, [text.language for text in texts])
-        return value, torch.stack([cosine(vectors, lesson.vectors), missed.detach()]), batch, states, lesson
+        return value, torch.stack([cosine(vectors, targets.vectors), missed.detach()]), batch, states, targets
 
 
-class Lesson(NamedTuple):
+class Targets(NamedTuple):
     """What the teacher makes of some texts: their vectors, and the states of the spans after the compared layers."""
 
     vectors: Tensor
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest text")
     parser.add_argument("--lr", type=float, default=4e-5)
-    parser.add_argument("--embedding-lr", type=float, default=1e-4)
+    parser.add_argument("--embedding-lr", type=float, default=1e-4, help="0 keeps the teacher's word embeddings")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
@@ -271,9 +272,11 @@ def main() -> None:
     student = run.student
     last = list(student.layers[-1].parameters())  # it pools, and was not in the teacher
     body = [*student.layers[:-1].parameters(), *student.embeddings_ln.parameters()]
+    words = [student.word_embeddings.weight] if args.embedding_lr else []
+    student.word_embeddings.weight.requires_grad_(bool(words))
     optimizer = torch.optim.AdamW(
         [
-            {"params": [student.word_embeddings.weight], "lr": args.embedding_lr},
+            {"params": words, "lr": args.embedding_lr},
             {"params": body, "lr": args.lr},
             {"params": last, "lr": 3 * args.lr},
             {"params": [*student.classifier.parameters(), run.scale], "lr": 1e-3},
@@ -300,7 +303,8 @@ def main() -> None:
     kinds, rng = seeded(args.seed + step), seeded(args.seed + step + 1000 * (rank + 1))
     stream = text_batches(run.texts, run.tokenizer, args.batch_tokens, args.longest, rng)
     notes: dict[str, list[Tensor]] = {"texts": [], "pairs": [], "long": []}
-    began = saved = time.monotonic() - spent
+    began = time.monotonic() - spent
+    saved = noted = time.monotonic()
     while spent < 60 * args.minutes:
         share = spent / (60 * args.minutes)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
@@ -332,7 +336,8 @@ def main() -> None:
         if ranks > 1:
             distributed.broadcast(clock, 0)
         spent = float(clock)
-        if rank == 0 and step % 25 == 0:
+        if rank == 0 and time.monotonic() - noted > 60:
+            noted = time.monotonic()
             means = [f"{k} " + " ".join(f"{x:.3f}" for x in torch.stack(v).mean(0)) for k, v in notes.items() if v]
             print(f"{spent / 60:6.1f} min  step {step}  seen {seen}  " + "  ".join(means), flush=True)
             notes = {kind: [] for kind in notes}

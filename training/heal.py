@@ -20,7 +20,7 @@ import torch
 from alignment import Spans
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
-from student import CONSTANT, Layer, Student
+from student import CONSTANT, RARE, Layer, Student
 from teacher import Teacher
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,6 +59,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
     student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
     for mine, its, _, states in lessons:
         states["hidden"] = student.embeddings_ln(student.word_embeddings(mine.ids))
+        states["rare"] = states["hidden"][:, RARE].clone()
         states["teacher"] = teacher.embedded(its)
     missed = []
     for number, (old, following) in enumerate(zip(layers, [*layers[1:], teacher.num_layers], strict=True)):
@@ -74,13 +75,14 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
-            fit.add(states["mixed"], states["hidden"], before, spans)
+            sums = states["hidden"] + output(states["mixed"])
+            fit.add(states["mixed"], sums, wanted_sums(before, sums, states["rare"], layer.attn_ln, spans), spans)
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
         for kind, values in (("w", layer.mlp_ln.weight), ("b", layer.mlp_ln.bias)):
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
-            new[CONSTANT] = values[CONSTANT]
+            new[[CONSTANT, RARE]] = values[[CONSTANT, RARE]]
             values.copy_(new)
         fit = Fit(down)
         for _, its, spans, states in lessons:
@@ -91,7 +93,9 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
                     state = teacher.norm(teacher.attended(state, there, its), f"l{there}.aln")
                 before = state + teacher.linear(teacher.neurons(state, there), f"l{there}.fo")
                 state = teacher.norm(before, f"l{there}.oln")
-            fit.add(layer.neurons(states["hidden"]), states["hidden"], before, spans)
+            read = layer.neurons(states["hidden"])
+            sums = states["hidden"] + down(read)
+            fit.add(read, sums, wanted_sums(before, sums, states["rare"], layer.mlp_ln, spans), spans)
             states["teacher"] = state
         fit.solve()
         round_off(down)
@@ -99,31 +103,55 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         for _, _, spans, states in lessons:
             states["hidden"] = layer.mlp_ln(states["hidden"] + down(layer.neurons(states["hidden"])))
             wanted = spans.mean(states["teacher"], spans.teacher)
-            error += float((spans.mean(states["hidden"], spans.student) - wanted).square().sum())
+            missing = spans.mean(states["hidden"], spans.student) - wanted
+            missing[:, RARE] = 0
+            error += float(missing.square().sum())
             total += float((wanted - wanted.mean(0)).square().sum())
         missed.append(error / total)
     return missed
 
 
 @torch.inference_mode()
-def heal_pooling(student: Student, lessons: Sequence[Lesson], targets: Sequence[Tensor]) -> None:
+def heal_pooling(
+    student: Student, batches: Sequence[Batch], hidden: Sequence[Tensor], targets: Sequence[Tensor]
+) -> None:
     """Fit the output projection of the layer that pools to the vectors that the first tokens should have.
 
     Args:
-        student: Changed in place; its other layers are healed.
-        lessons: As `heal` left them.
-        targets: The teacher's vectors of each lesson's texts, centred and rotated.
+        student: Changed in place.
+        batches: Some texts each.
+        hidden: What the layer reads of each batch, (tokens, C).
+        targets: The teacher's vectors of each batch's texts, centred and projected, (texts, C).
     """
     layer = student.layers[-1]
     assert isinstance(layer, Layer)
     fit = Fit(layer.attention["o_proj"])
-    for (mine, _, _, states), target in zip(lessons, targets, strict=True):
-        first = mix(layer, states["hidden"], mine, student.frequencies)[mine.first]
-        hidden = states["hidden"][mine.first]
-        sums = hidden + layer.attention["o_proj"](first)
-        wanted = target * ((sums * target).sum() / target.square().sum())
-        fit.add_rows(first, wanted - sums)
+    for batch, states, target in zip(batches, hidden, targets, strict=True):
+        first = mix(layer, states, batch, student.frequencies)[batch.first]
+        sums = states[batch.first] + layer.attention["o_proj"](first)
+        error = target * ((sums * target).sum() / target.square().sum()) - sums
+        error[:, RARE] = 0
+        fit.add_rows(first, error)
     fit.solve()
+
+
+def wanted_sums(before: Tensor, sums: Tensor, rare: Tensor, norm: nn.LayerNorm, spans: Spans) -> Tensor:
+    """Return what should be before a LayerNorm.
+
+    Args:
+        before: What the teacher has there, (the teacher's tokens, C).
+        sums: What the student has there, (tokens, C).
+        rare: What channel `RARE` should be after it, (tokens,).
+        norm: The LayerNorm.
+        spans: Which tokens belong together.
+
+    Returns:
+        float32, (spans, C).
+    """
+    wanted = spans.mean(before, spans.teacher)
+    before_norm = sums.mean(1) + sums.std(1, correction=0) * (rare - norm.bias[RARE]) / norm.weight[RARE]
+    wanted[:, RARE] = spans.mean(before_norm[:, None], spans.student).squeeze(1)
+    return wanted
 
 
 def round_off(linear: nn.Linear) -> None:
@@ -242,16 +270,16 @@ class Fit:
         self.moments = torch.zeros(2, size, len(linear.weight))
         self.calls = 0
 
-    def add(self, read: Tensor, hidden: Tensor, wanted: Tensor, spans: Spans) -> None:
+    def add(self, read: Tensor, sums: Tensor, wanted: Tensor, spans: Spans) -> None:
         """Take tokens in.
 
         Args:
             read: What the projection reads, (tokens, F).
-            hidden: What its output is added to, (tokens, C).
-            wanted: What the teacher has there, (the teacher's tokens, C).
+            sums: Its output and what that is added to, (tokens, C).
+            wanted: The sums that the spans should have, (spans, C).
             spans: Which tokens belong together.
         """
-        error = spans.mean(wanted, spans.teacher) - spans.mean(hidden + self.linear(read), spans.student)
+        error = wanted - spans.mean(sums, spans.student)
         error[:, CONSTANT] = 0
         self.add_rows(spans.mean(read, spans.student), error)
 

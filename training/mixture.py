@@ -7,7 +7,7 @@ language joined; long documents are made the same way. Batches hold texts of abo
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,7 @@ _OFTEN = dict.fromkeys(
 _WORTH = {"mono": 2.0, "queries": 1.5, "qa_pairs": 4.0, "parallel/ntrex128": 2.5, "parallel/tico19": 2.0}
 _PASSAGES = 0.5  # share of texts that are several joined
 _WINDOW = 2048  # texts that are sorted into batches together
+_DECADES = np.log(6_000)  # of document frequencies that a rarity from 0 to 1 spans
 _KINDS = {"qa_pairs": 0.7, "parallel": 0.3}  # which pairs to draw
 
 
@@ -132,6 +133,23 @@ class Texts:
             count = max(len(chosen), 200)
             rare[language] = (np.log((count + 1) / (found + 1)) / np.log(count + 1)).astype(np.float32)
         return rare
+
+    def usual_rarity(self, inverse_frequencies: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return how rare every token is where it occurs: the mean over languages by how often they show it.
+
+        Args:
+            inverse_frequencies: From the method of that name.
+
+        Returns:
+            float32, shape (vocabulary,), from 0 to 1; 1 for tokens that never occur.
+        """
+        total = occurrences = np.zeros(len(next(iter(inverse_frequencies.values()))))
+        drawn = np.diff(self._languages, prepend=0.0)
+        for weight, language in zip(drawn, self.pools, strict=True):
+            rare = inverse_frequencies[language].astype(np.float64)
+            share = weight * (np.exp(-_DECADES * rare) - np.exp(-_DECADES))  # of texts that have the token
+            total, occurrences = total + share * rare, occurrences + share
+        return np.where(occurrences > 0, total / np.maximum(occurrences, 1e-300), 1.0).astype(np.float32)
 
 
 def text_batches(

@@ -21,7 +21,7 @@ from alignment import common
 from batch import Batch
 from heal import Lesson, heal, heal_pooling
 from mixture import Texts, seeded
-from student import CONSTANT, config_from, transplant
+from student import CONSTANT, RARE, config_from, transplant
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -29,6 +29,8 @@ from torch.nn import functional
 
 _LANGUAGE_POWER = 0.3  # a language's counts are divided by its tokens to this power: small ones keep their pieces
 _XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
+_WHITENED = 0.35  # how far the target's components are brought to one variance: 0 not at all, 1 all the way
+_BETWEEN = 2.0  # what differs between languages counts so often in that: it is damped
 _SAMPLE, _STATED = 2500, 500  # texts whose vectors, and whose hidden states are looked at
 _HEALED = 2600  # texts that the student is fitted to
 _LONGEST, _TOKENS = 320, 4000  # tokens of such a text, and of those that pass through together
@@ -63,48 +65,103 @@ def lower(tokenizer: Tokenizer, piece: int) -> bool:
     return text == text.lower()
 
 
-def sample(texts: Texts, seed: int, size: int) -> list[str]:
-    """Return texts and passages of all languages, as training draws them."""
+def sample(texts: Texts, seed: int, size: int) -> tuple[list[str], list[str]]:
+    """Return texts and passages of all languages, as training draws them, and their languages."""
     rng = seeded(seed)
-    return [texts.draw(rng).text for _ in range(size)]
+    drawn = [texts.draw(rng) for _ in range(size)]
+    return [text.text for text in drawn], [text.language for text in drawn]
 
 
 @torch.inference_mode()
-def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: Sequence[str]) -> dict[str, Tensor]:
     """Look at the teacher on real text.
 
+    Args:
+        teacher: Prepared in float32.
+        token_ids: Texts in the teacher's tokens.
+        languages: Of each text.
+
     Returns:
-        ``constants``: mean of channel `CONSTANT` after every LayerNorm; ``first``: mean last hidden state of the first token;
-        ``importance``: of every neuron of every MLP; ``mean`` and ``rotation``: mean of the unit vectors and their principal
-        components, strongest first, as rows; ``pool_norm``: usual length of a mean-pooled vector.
+        ``constants``: mean of channel `CONSTANT` after every LayerNorm; ``norms``: what `transplant` wants to know of them;
+        ``first``: mean last hidden state of the first token;
+        ``importance``: of every neuron of every MLP; ``mean``: of the unit vectors; ``projection``: see `target_projection`;
+        ``pool_norm``: usual length of a mean-pooled vector.
     """
     batch = Batch([list(ids) for ids in token_ids[:_STATED]])
     hidden = teacher.embedded(batch)
-    constants, squares = [hidden[:, CONSTANT].mean()], []
+    constants, norms, squares = [], [], []
+
+    def look(before: Tensor, after: Tensor) -> Tensor:
+        constants.append(after[:, CONSTANT].mean())
+        norms.append(torch.stack([before.mean(1).mean(), before.std(1).mean(), after[:, RARE].mean()]))
+        return after
+
+    look(hidden, hidden)
     for layer in range(teacher.num_layers):
-        hidden = teacher.norm(teacher.attended(hidden, layer, batch), f"l{layer}.aln")
+        before = teacher.attended(hidden, layer, batch)
+        hidden = look(before, teacher.norm(before, f"l{layer}.aln"))
         neurons = teacher.neurons(hidden, layer)
-        constants.append(hidden[:, CONSTANT].mean())
         squares.append(neurons.square().mean(0))
-        hidden = teacher.norm(hidden + teacher.linear(neurons, f"l{layer}.fo"), f"l{layer}.oln")
-        constants.append(hidden[:, CONSTANT].mean())
+        before = hidden + teacher.linear(neurons, f"l{layer}.fo")
+        hidden = look(before, teacher.norm(before, f"l{layer}.oln"))
     outgoing = torch.stack([teacher.weights[f"l{layer}.fo.w"].norm(dim=0) for layer in range(teacher.num_layers)])
     pooled = teacher.embed(token_ids)
     unit = functional.normalize(pooled, dim=1)
     centred = unit - unit.mean(0)
-    _, components = torch.linalg.eigh(centred.T @ centred)
-    rotation = components.flip(1).T
-    rotation *= rotation.gather(1, rotation.abs().argmax(1, keepdim=True)).sign()  # the same on every machine
-    signs = torch.randint(0, 2, (len(components), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return {
         "constants": torch.stack(constants),
+        "norms": torch.stack(norms),
         "importance": torch.stack(squares).sqrt() * outgoing,
         "first": hidden[batch.first].mean(0),
         "mean": unit.mean(0),
-        "rotation": rotation * signs,  # signs: no component may stand out in the mean over channels
+        "projection": target_projection(centred, languages),
         "pool_norm": pooled.norm(dim=1).mean(),
         "spread": centred.norm(dim=1).mean(),
     }
+
+
+def target_projection(centred: Tensor, languages: Sequence[str]) -> Tensor:
+    """Return the map from the teacher's vectors to what the student shall learn.
+
+    The teacher spends its strongest components on few things, the language of a text before all. They are damped: every
+    component a part of the way to one variance, and what differs between languages a little more. On training pairs that
+    finds more, most of all in leading dimensions and across languages.
+
+    Args:
+        centred: The teacher's unit vectors less their mean, (texts, C).
+        languages: Of each text.
+
+    Returns:
+        float32, (C, C): principal components of the damped vectors as rows, strongest first, at the usual length of `centred`.
+    """
+    centred = centred.double()
+    rows: dict[str, list[int]] = {}
+    for row, language in enumerate(languages):
+        rows.setdefault(language, []).append(row)
+    means = torch.zeros_like(centred)
+    for members in rows.values():
+        means[members] = centred[members].mean(0)
+    total = centred.T @ centred / len(centred)
+    within = (centred - means).T @ (centred - means) / (len(centred) - len(rows))
+    between, directions = torch.linalg.eigh(total - within)
+    between = directions * between.clamp(min=0) @ directions.T
+    variances, directions = torch.linalg.eigh(within + _BETWEEN * between)
+    damping = directions * variances.clamp(min=1e-9) ** (-_WHITENED / 2) @ directions.T
+    _, components = torch.linalg.eigh(damping @ total @ damping)
+    projection = components.flip(1).T @ damping
+    projection *= centred.norm(dim=1).mean() / (centred @ projection.T).norm(dim=1).mean()
+    projection *= projection.gather(1, projection.abs().argmax(1, keepdim=True)).sign()  # the same on every machine
+    signs = torch.randint(0, 2, (len(components), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (projection * signs).float()  # signs: no component may stand out in the mean over channels
+
+
+def centred_rarity(rare: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return how much rarer each token is than the mean over real text; special tokens are at the mean."""
+    counts = torch.bincount(torch.tensor([token for ids in token_ids for token in ids]), minlength=len(rare)).float()
+    counts[: len(vocabulary.SPECIALS)] = 0
+    centred = rare - (rare * counts).sum() / counts.sum()
+    centred[: len(vocabulary.SPECIALS)] = 0
+    return centred
 
 
 def lessons(texts: Sequence[str], tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> list[Lesson]:
@@ -150,7 +207,8 @@ def main() -> None:
     kept = vocabulary.select(pieces, count_pieces(texts, lowercase, teacher.scores), args.vocabulary)
     tokenizer = vocabulary.build([pieces[i] for i in kept], [teacher.scores[i] for i in kept], lowercase=True)
     teacher.prepare()
-    seen = statistics(teacher, tokenize(whole, sample(texts, args.seed, _SAMPLE), 160))
+    drawn, languages = sample(texts, args.seed, _SAMPLE)
+    seen = statistics(teacher, tokenize(whole, drawn, 160), languages)
     shape: dict[str, Any] = {
         "vocab_size": len(kept),
         "hidden_size": teacher.hidden_size,
@@ -161,6 +219,7 @@ def main() -> None:
         "rope_theta": args.rope_theta,
         "rope_scaling": {"kind": "none", "factor": 1.0},
     }
+    rare = torch.from_numpy(texts.usual_rarity(texts.inverse_frequencies(tokenizer)))
     student = transplant(
         teacher,
         kept,
@@ -168,17 +227,24 @@ def main() -> None:
         config_from(shape),
         seen["constants"],
         seen["mean"] * seen["pool_norm"],
-        seen["rotation"] / seen["spread"] / seen["pool_norm"] * seen["first"].norm(),
+        seen["projection"] / seen["spread"] / seen["pool_norm"] * seen["first"].norm(),
         seen["first"],
         [row.topk(args.inner).indices.sort().values for row in seen["importance"]],
+        centred_rarity(rare, tokenize(tokenizer, drawn)),
+        seen["norms"],
     )
-    texts_of_both = lessons(sample(texts, args.seed + 1, _HEALED), tokenizer, whole)
+    texts_of_both = lessons(sample(texts, args.seed + 1, _HEALED)[0], tokenizer, whole)
     missed = heal(student, teacher, args.layers, texts_of_both)
     print("variance of the teacher's states missed after each layer:", *(f"{share:.3f}" for share in missed))
     vectors = [functional.normalize(its.mean(states["teacher"]), dim=1) for _, its, _, states in texts_of_both]
-    heal_pooling(student, texts_of_both, [(unit - seen["mean"]) @ seen["rotation"].T for unit in vectors])
+    heal_pooling(
+        student,
+        [lesson.mine for lesson in texts_of_both],
+        [lesson.states["hidden"] for lesson in texts_of_both],
+        [(unit - seen["mean"]) @ seen["projection"].T for unit in vectors],
+    )
     start = {"shape": shape, "weights": student.state_dict(), "layers": args.layers}
-    start |= {"mean": seen["mean"], "rotation": seen["rotation"]}
+    start |= {"mean": seen["mean"], "projection": seen["projection"]}
     torch.save(start | {"tokenizer": tokenizer.to_str(), "teacher_tokenizer": whole.to_str()}, args.out)
     print(f"{args.out}: {asdict(student.config)}")
 

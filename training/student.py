@@ -8,8 +8,10 @@ The transplant gives a student that agrees with its teacher before any training 
 - The gated MLP has no bias and multiplies two branches; the teacher's plain one has a bias and one branch. One channel of the
   hidden state, the least informative, is held constant (LayerNorm weight 0, bias C), so that its column carries the bias of the
   gate, and a constant 1 in the other branch. That branch stays as it is, so training does not compute it (`Layer.plain`).
-- One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and rotates to the
-  principal components of the teacher's vectors. So the first token holds the mean-pooled vector, leading dimensions first.
+- Another such channel is written only by the word embeddings: it carries how rare a token usually is up to the sparse head.
+- One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
+  damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
+  vector, leading dimensions first.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ from torch.nn import functional
 from gte_rag.config import GTEConfig, RotaryScaling
 
 CONSTANT = 210  # the channel that is held constant
+RARE = 337  # the channel that carries how rare a token is
+_RARE_SCALE = (
+    5.0  # of that channel in a word embedding, beside the others' deviation, from the commonest token to the rarest
+)
+_RARE_WEIGHT = 0.4  # of that channel in the LayerNorm that follows: about the others'
 _RESIDUAL = 0.25  # share of the first token's own state beside the pooled vector in the pooling layer
 
 
@@ -118,9 +125,11 @@ def transplant(
     config: GTEConfig,
     constants: Tensor,
     mean: Tensor,
-    rotation: Tensor,
+    projection: Tensor,
     first_mean: Tensor,
     neurons: Sequence[Tensor],
+    rarity: Tensor,
+    norms: Tensor,
 ) -> Student:
     """Build a student from its teacher.
 
@@ -132,47 +141,57 @@ def transplant(
         constants: Mean of channel `CONSTANT` after the embedding's LayerNorm and after both of every teacher's layer,
             shape (2 * layers + 1,).
         mean: Mean of the teacher's vectors in units of its hidden states, shape (C,).
-        rotation: Principal components as rows, shape (C, C), in units that give hidden states of usual size.
+        projection: From the teacher's vectors to those that the student shall have, shape (C, C), in units that give hidden
+            states of usual size.
         first_mean: Mean of the first token's last hidden state, shape (C,).
         neurons: For every teacher's layer, the neurons of its MLP to keep.
+        rarity: How rare the kept pieces are, about 0 on average over text, shape (pieces,).
+        norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channel
+            `RARE` is after it, each averaged over tokens; shape (2 * layers + 1, 3).
     """
     student = Student(config)
     state = student.state_dict()
     w = teacher.weights
     width = teacher.hidden_size
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
-    state["word_embeddings.weight"] = w["emb.word"][torch.tensor(list(kept_pieces))] + positions
+    words = w["emb.word"][torch.tensor(list(kept_pieces))] + positions
+    words[:, RARE] = words.mean(1) + _RARE_SCALE * rarity * words.std(1)
+    state["word_embeddings.weight"] = words
     held = torch.where(constants.abs() > 0.2, constants, torch.ones(()))  # C at every place
 
     def norm(name: str, weight: Tensor, bias: Tensor, at: int) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
         state[name + ".weight"][CONSTANT] = 0
         state[name + ".bias"][CONSTANT] = held[at]
+        level, deviation, _ = norms[at]
+        state[name + ".weight"][RARE] = deviation if at else _RARE_WEIGHT
+        state[name + ".bias"][RARE] = level if at else 0.0
 
-    def reading(weight: Tensor, at: int) -> Tensor:
-        weight = weight.clone()
+    def reading(weight: Tensor, bias: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        weight, bias = weight.clone(), bias + norms[at, 2] * weight[:, RARE]
         weight[:, CONSTANT] *= constants[at] / held[at]
-        return weight
+        weight[:, RARE] = 0
+        return weight, bias
 
     def writing(name: str, weight: Tensor, bias: Tensor, step: Tensor) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
-        state[name + ".weight"][CONSTANT] = 0
-        state[name + ".bias"][CONSTANT] = step
+        state[name + ".weight"][[CONSTANT, RARE]] = 0
+        state[name + ".bias"][CONSTANT], state[name + ".bias"][RARE] = step, 0
 
     norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
     at = 0
     for number, layer in enumerate(layers):
         old, new = f"l{layer}.", f"layers.{number}."
         entry = 2 * layer  # where the teacher's layer reads
-        qkv = torch.cat([w[old + f"{part}.w"] for part in "qkv"]).clone()
-        qkv[:, CONSTANT] *= constants[entry] / held[at]
-        state[new + "attention.qkv_proj.weight"] = qkv
-        state[new + "attention.qkv_proj.bias"] = torch.cat([w[old + f"{part}.b"] for part in "qkv"])
+        weight, bias = (torch.cat([w[old + f"{part}.{kind}"] for part in "qkv"]) for kind in "wb")
+        weight, bias = reading(weight, bias, entry)
+        weight[:, CONSTANT] *= held[entry] / held[at]  # a layer left out before this one left another constant
+        state[new + "attention.qkv_proj.weight"], state[new + "attention.qkv_proj.bias"] = weight, bias
         writing(new + "attention.o_proj", w[old + "ao.w"], w[old + "ao.b"], held[entry + 1] - held[at])
         norm(new + "attn_ln", w[old + "aln.w"], w[old + "aln.b"], entry + 1)
         keep = neurons[layer]
-        gate = reading(w[old + "fi.w"], entry + 1)[keep]
-        gate[:, CONSTANT] += w[old + "fi.b"][keep] / held[entry + 1]
+        gate, bias = reading(w[old + "fi.w"][keep], w[old + "fi.b"][keep], entry + 1)
+        gate[:, CONSTANT] += bias / held[entry + 1]
         up = torch.zeros_like(gate)
         up[:, CONSTANT] = 1 / held[entry + 1]
         state[new + "mlp.up_gate_proj.weight"] = torch.cat([up, gate])
@@ -185,8 +204,10 @@ def transplant(
     qkv[2 * width + CONSTANT] = 0
     state[last + "attention.qkv_proj.weight"] = qkv
     state[last + "attention.qkv_proj.bias"] = torch.zeros(3 * width)
-    state[last + "attention.o_proj.weight"] = rotation / _RESIDUAL
-    state[last + "attention.o_proj.bias"] = -(rotation / _RESIDUAL) @ mean - first_mean
+    state[last + "attention.o_proj.weight"] = projection / _RESIDUAL
+    state[last + "attention.o_proj.bias"] = -(projection / _RESIDUAL) @ mean - first_mean
+    state[last + "attention.o_proj.weight"][RARE] = 0
+    state[last + "attention.o_proj.bias"][RARE] = 0
     state[last + "mlp.down_proj.weight"] = torch.zeros_like(state[last + "mlp.down_proj.weight"])
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
