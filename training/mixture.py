@@ -48,7 +48,7 @@ _OFTEN = dict.fromkeys(
 _WORTH = {"mono": 2.0, "queries": 1.5, "qa_pairs": 4.0, "parallel/ntrex128": 2.5, "parallel/tico19": 2.0}
 _PASSAGES = 0.5  # share of texts that are several joined
 _WINDOW = 2048  # texts that are sorted into batches together
-_DECADES = np.log(6_000)  # of document frequencies that a rarity from 0 to 1 spans
+_COUNTED = 6_000  # texts of a language in which rarities are counted, at most
 _KINDS = {"qa_pairs": 0.7, "parallel": 0.3}  # which pairs to draw
 
 
@@ -118,7 +118,7 @@ class Texts:
         characters = int(rng.triangular(100, 1400, 700) / (2.5 if dense else 1))
         return Text(language, " ".join(self.joined(language, characters, rng)))
 
-    def inverse_frequencies(self, tokenizer: Tokenizer, most: int = 6_000) -> dict[str, np.ndarray]:
+    def inverse_frequencies(self, tokenizer: Tokenizer, most: int = _COUNTED) -> dict[str, np.ndarray]:
         """Return for each language how rare every token is: 0 in every text, 1 in none; float32, shape (vocabulary,)."""
         rng = seeded(0)
         rare = {}
@@ -147,7 +147,7 @@ class Texts:
         drawn = np.diff(self._languages, prepend=0.0)
         for weight, language in zip(drawn, self.pools, strict=True):
             rare = inverse_frequencies[language].astype(np.float64)
-            share = weight * (np.exp(-_DECADES * rare) - np.exp(-_DECADES))  # of texts that have the token
+            share = weight * (_COUNTED**-rare - 1 / _COUNTED)  # of texts that have the token
             total, occurrences = total + share * rare, occurrences + share
         return np.where(occurrences > 0, total / np.maximum(occurrences, 1e-300), 1.0).astype(np.float32)
 

@@ -2,7 +2,8 @@
 
 python training/prepare.py --data FOLDER --out start.pt
 python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
-python training/export.py --start start.pt --state run/state.pt --out gte-mini/
+python training/refit.py --data FOLDER --start start.pt --state run/state.pt --out refitted.pt
+python training/export.py --start start.pt --state refitted.pt --out gte-mini/
 """
 
 from __future__ import annotations
