@@ -326,7 +326,7 @@ class DashScopeEncoder(RemoteEncoder):
                 one they are sent as they are, and the service decides.
             concurrency: Requests at the same time.
             timeout: Seconds to wait for a connection, and for each part of an answer.
-            max_retries: How often a request is repeated after a lost connection, a time-out, or status 429 or 5xx.
+            max_retries: How often a request is repeated after status 429 or 5xx.
 
         Raises:
             MissingExtraError: `httpx` is not installed.
@@ -420,7 +420,7 @@ class OpenAIEncoder(RemoteEncoder):
                 they are sent as they are, and the server decides.
             concurrency: Requests at the same time.
             timeout: Seconds to wait for a connection, and for each part of an answer.
-            max_retries: How often a request is repeated after a lost connection, a time-out, or status 429 or 5xx.
+            max_retries: How often a request is repeated after status 429 or 5xx.
 
         Raises:
             MissingExtraError: `httpx` is not installed.
@@ -482,7 +482,7 @@ class DashScopeReranker(TextReranker):
             api_key: The key; None takes it from the environment variable ``DASHSCOPE_API_KEY`` at each request.
             base_url: The service's address.
             timeout: Seconds to wait for a connection, and for each part of an answer.
-            max_retries: How often a request is repeated after a lost connection, a time-out, or status 429 or 5xx.
+            max_retries: How often a request is repeated after status 429 or 5xx.
 
         Raises:
             MissingExtraError: `httpx` is not installed.

@@ -98,13 +98,9 @@ class Service:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         try:
             response = self._opened().post(url, json=body, headers=headers)
-        except httpx.UnsupportedProtocol as error:
-            raise RemoteError(f"{url}: {error}") from None
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:  # the service may have done, and charged for, what it did not answer: not repeated
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise _TemporaryError(_hidden(f"{url}: {reason}", key)) from None
-        except httpx.HTTPError as error:
-            raise RemoteError(_hidden(f"{url}: {type(error).__name__}: {error}", key)) from None
+            raise RemoteError(_hidden(f"{url}: {reason}", key)) from None
         answer = _json(response)
         if response.status_code == 200:
             if not isinstance(answer, dict):
