@@ -20,9 +20,24 @@ sys.path.insert(0, str(TRAINING))
 
 from alignment import common  # noqa: E402
 from batch import Batch  # noqa: E402
-from heal import SLOTS, Lesson, fit_cosines, heal, place_positions  # noqa: E402
+from distil import Run  # noqa: E402
+from finish import Finish  # noqa: E402
+from grid import STEPS, coarse, rounded  # noqa: E402
+from heal import SLOTS, Lesson, fit_cosines, heal, heal_words, place_positions  # noqa: E402
 from mixture import Texts  # noqa: E402
-from student import CONSTANT, RARE, Layer, Student, rotate, transplant  # noqa: E402
+from prepare import statistics  # noqa: E402
+from student import (  # noqa: E402
+    CARRYING,
+    CONSTANT,
+    GAIN,
+    OWN,
+    RARE,
+    Layer,
+    Student,
+    carrying_neurons,
+    rotate,
+    transplant,
+)
 from teacher import Teacher  # noqa: E402
 
 
@@ -92,7 +107,7 @@ def test_a_sum_of_cosines_of_the_distance_is_found_again() -> None:
 
 def test_biases_alone_make_attention_depend_on_distance(encoder: GTEEncoder) -> None:
     config = encoder.config
-    layer = Layer(config, plain=True)
+    layer = Layer(config, carrying=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(layer.attention["qkv_proj"].weight, std=0.05)
     size = config.hidden_size // config.num_heads
@@ -147,18 +162,26 @@ def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEn
     generator = torch.Generator().manual_seed(1)
     token_ids = [torch.randint(4, 60, (9,), generator=generator).tolist() for _ in range(80)]
     batch = Batch(token_ids)
-    states = [teacher.embedded(batch), *teacher.states(batch)]
-    constants, norms = torch.ones(7), torch.tensor([[0.0, 1.0, 0.0]]).repeat(7, 1)
-    norms[:, 2] = torch.stack([states[(at + 1) // 2][:, RARE].mean() for at in range(7)])
+    seen = statistics(teacher, token_ids, ["en"] * 80)
     config = dataclasses.replace(encoder.config, vocab_size=60, num_layers=4, intermediate_size=256)
     rarity = torch.linspace(-0.5, 0.5, 60)
     projection, mean = torch.eye(384), torch.zeros(384)
-    neurons = [torch.arange(256)] * 3
+    neurons = [torch.arange(256 - CARRYING)] * 3
     student = transplant(
-        teacher, range(60), [0, 1, 2], config, constants, mean, projection, mean, neurons, rarity, norms
+        teacher,
+        teacher.weights["emb.word"],
+        [0, 1, 2],
+        config,
+        seen["constants"],
+        mean,
+        projection,
+        mean,
+        neurons,
+        rarity,
+        seen["norms"],
     )
     for linear in (student.layers[n].attention["o_proj"] for n in range(3)):
-        assert not linear.weight[[CONSTANT, RARE]].any()  # nobody but the embeddings writes there
+        assert not linear.weight[OWN].any()  # attention never writes there
     # Every token is a span of its own: both read the same pieces.
     encodings = [Tokens(*((i, i + 1) for i in range(len(ids) - 2))) for ids in token_ids]
     lessons = []
@@ -170,7 +193,58 @@ def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEn
     assert missed[-1] < 0.5
     with torch.inference_mode():
         carried = student(batch)[2][:, RARE]
-    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.8  # untouched channels: about 0
+    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.95  # untouched channels: about 0
+
+
+def test_word_embeddings_make_good_for_pieces_the_student_lacks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    its_words = torch.randn(6, 8, generator=generator)
+    # Piece 5 of the teacher is what the student writes as pieces 3 and 4; piece 2 is one of both.
+    mine, its = Tokens((0, 1), (1, 2), (2, 3)), Tokens((0, 1), (1, 3))
+    mine.ids, its.ids = [0, 2, 3, 4, 1], [0, 2, 5, 1]
+    words = heal_words(its_words[:5], its_words, [mine] * 1000, [its] * 1000)
+    torch.testing.assert_close(
+        words[3:5].mean(0), its_words[5], atol=0.02, rtol=0
+    )  # 3 occurrences of what was, beside 1000
+    torch.testing.assert_close(words[2], its_words[2])
+    assert torch.equal(words[:2], its_words[:2])  # special tokens are in no span but the first one
+
+
+def test_what_layer_norms_did_to_a_channel_is_undone_in_the_mlp() -> None:
+    up, gate, down = carrying_neurons(constant=0.5, width=384)
+    hidden = torch.randn(6, 384, generator=torch.Generator().manual_seed(0))
+    scaled = torch.tensor([0.6, 0.8, 0.9, 1.1, 1.2, 1.4])
+    rarity = torch.tensor([1.0, -0.7, 0.3, -0.2, 0.8, -1.1])
+    hidden[:, CONSTANT], hidden[:, GAIN], hidden[:, RARE] = 0.5, 2.0 * scaled, rarity * scaled
+    added = (torch.nn.functional.gelu(hidden @ gate.T) * (hidden @ up.T)) @ down.T
+    left = 1 - (1 - scaled) ** 2
+    torch.testing.assert_close((hidden + added)[:, RARE], rarity * left, atol=1e-2, rtol=0)  # GELU is linear to this
+    torch.testing.assert_close((hidden + added)[:, GAIN], 2.0 * left, atol=1e-2, rtol=0)
+    others = [channel for channel in range(384) if channel not in (RARE, GAIN)]
+    assert not added[:, others].any()
+
+
+def test_the_last_layer_on_kept_states_is_the_whole_student(encoder: GTEEncoder) -> None:
+    torch.manual_seed(0)
+    run = Run.__new__(Run)
+    run.student = Student(dataclasses.replace(encoder.config, vocab_size=60, num_layers=3, intermediate_size=64))
+    run.device, run.dtype = torch.device("cpu"), torch.float32
+    token_ids = [[0, 7, 8, 2], [0, 9, 2]]
+    finish = Finish(run)
+    kept = finish.example(token_ids, torch.zeros(2, 384), ["de", "en"])
+    with torch.inference_mode():
+        torch.testing.assert_close(finish.apply(kept), run.student(Batch(token_ids))[-1], atol=5e-3, rtol=0)  # float16
+
+
+def test_rounding_is_there_within_and_gone_after() -> None:
+    layer = torch.nn.Linear(384, 384)
+    precise = layer.weight.detach().clone()
+    with rounded(layer, active=True):
+        assert torch.equal(layer.weight, coarse(precise, STEPS))
+        assert not torch.equal(layer.weight, precise)
+        layer(torch.ones(1, 384)).sum().backward()
+    assert torch.equal(layer.weight, precise)
+    assert layer.weight.grad is not None
 
 
 def test_the_usual_rarity_of_a_token_is_that_where_it_occurs() -> None:

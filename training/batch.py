@@ -49,3 +49,13 @@ class Batch:
         if not self._even:
             x = x.new_zeros(len(self.lengths) * self._longest, *x.shape[1:]).index_copy(0, self._places, x)
         return x.view(len(self.lengths), self._longest, *x.shape[1:]).transpose(1, 2)
+
+
+def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Return which texts to pass through together: those of about one length, padded to at most so many tokens in all."""
+    groups: list[list[int]] = []
+    for text in sorted(range(len(lengths)), key=lambda text: lengths[text]):
+        if not groups or (len(groups[-1]) + 1) * lengths[text] > most:
+            groups.append([])
+        groups[-1].append(text)
+    return groups

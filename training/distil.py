@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from alignment import Spans, common
 from batch import Batch
-from grid import rounded_layers
+from grid import rounded
 from mixture import Pairs, Text, Texts, long_document, seeded, text_batches
-from student import RARE, Student, config_from
+from student import OWN, Student, config_from
 from teacher import Teacher, tokenize
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, distributed
@@ -105,7 +105,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         for (layer, _), wanted in zip(self.compared, targets.states, strict=True):
             error = targets.spans.mean(states[layer], targets.spans.student) - wanted
-            error[:, RARE] = 0  # is something else here
+            error[:, OWN] = 0
             total = total + error.square().mean() / (wanted - wanted.mean(0)).square().mean()
         return total / len(self.compared)
 
@@ -116,17 +116,22 @@ class Run:
 
     @torch.inference_mode()
     def start_classifier(self, rng: random.Random, size: int = 200) -> None:
-        """Let the sparse head begin where it tells best how rare a token is."""
+        """Let the sparse head begin where it tells best how rare a token is, on some texts."""
         texts = [self.texts.draw(rng) for _ in range(size)]
         parts = []
         for start in range(0, size, 20):
             few = texts[start : start + 20]
             batch, states = self.encode(tokenize(self.tokenizer, [text.text for text in few], self.longest))
-            parts.append(self._ordinary(states[-1], batch, [text.language for text in few]))
-        inputs = functional.pad(torch.cat([states for states, _ in parts]), (0, 1), value=1.0).double()
+            parts.append((states[-1], batch, [text.language for text in few]))
+        self.solve_classifier(parts)
+
+    def solve_classifier(self, parts: Sequence[tuple[Tensor, Batch, Sequence[str]]]) -> None:
+        """Let the sparse head tell as well as it can how rare a token is, given last states, batches and languages."""
+        found = [self._ordinary(*part) for part in parts]
+        inputs = functional.pad(torch.cat([states for states, _ in found]), (0, 1), value=1.0).double()
         gram = inputs.T @ inputs
         gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, inputs.T @ torch.cat([rare for _, rare in parts]).double()).float()
+        solution = torch.linalg.solve(gram, inputs.T @ torch.cat([rare for _, rare in found]).double()).float()
         self.student.classifier.weight.copy_(solution[None, :-1])
         self.student.classifier.bias.copy_(solution[-1:])
 
@@ -163,22 +168,41 @@ class Run:
             lengths = [min(len(encoding.ids), longest) for encoding in encodings]
             loss, _, batch, states, targets = self._learn(texts, encodings, lengths, anchor)
             value = value + 0.5 * loss
-            sides.append((states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
-        (q, q_sparse, q_target), (p, p_sparse, p_target) = sides
-        wanted = torch.arange(len(pairs), device=self.device)
-        whole = self.student.config.hidden_size
-        teacher = unit(q_target, whole) @ unit(p_target, whole).T / _TEMPERATURE
-        for dimension, weight in DIMENSIONS.items():
-            scores = unit(q, dimension) @ unit(p, dimension).T / _TEMPERATURE
+            sides.append(Side(states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
+        scores, lexical = self.scores(*sides)
+        return value + self.contrast(scores, lexical, sides[0].target, sides[1].target), shares_found(
+            scores[-1], lexical
+        )
+
+    def scores(self, questions: Side, passages: Side) -> tuple[list[Tensor], Tensor]:
+        """Return how well every question fits every passage: by the vectors in each of `DIMENSIONS`, and by the weights."""
+        dense = [unit(questions.vectors, size) @ unit(passages.vectors, size).T / _TEMPERATURE for size in DIMENSIONS]
+        return dense, self.scale.exp() * questions.weights @ passages.weights.T
+
+    def contrast(self, dense: Sequence[Tensor], lexical: Tensor, questions: Tensor, passages: Tensor) -> Tensor:
+        """Return the loss of scores, given the targets of the questions and of their passages."""
+        wanted = torch.arange(len(lexical), device=self.device)
+        whole = questions.shape[1]
+        teacher = unit(questions, whole) @ unit(passages, whole).T / _TEMPERATURE
+        value = (
+            0.5 * _SPARSE * (functional.cross_entropy(lexical, wanted) + functional.cross_entropy(lexical.T, wanted))
+        )
+        for scores, weight in zip(dense, DIMENSIONS.values(), strict=True):
             value = value + weight * _CONTRAST * functional.cross_entropy(scores, wanted)
             value = value + weight * _SIMILARITY * divergence(scores, teacher)
-        lexical = self.scale.exp() * q_sparse @ p_sparse.T
-        loss = functional.cross_entropy(lexical, wanted) + functional.cross_entropy(lexical.T, wanted)
-        found = [(matrix.argmax(1) == wanted).float().mean() for matrix in (scores, lexical)]
-        return value + 0.5 * _SPARSE * loss, torch.stack(found)
+        return value
 
     def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the loss of a few long documents; their cosine to the mean of their parts, and 0."""
+        ids, target = self.long_documents(rng, tokens)
+        batch, states = self.encode(ids)
+        vectors = states[-1][batch.first]
+        return distillation(vectors, target), torch.stack(
+            [cosine(vectors, target), torch.zeros_like(self.scale.detach())]
+        )
+
+    def long_documents(self, rng: random.Random, tokens: int) -> tuple[list[list[int]], Tensor]:
+        """Draw a few long documents: their tokens, and the mean of the targets of their parts."""
         length = int(2 ** rng.uniform(9.3, 12))
         documents = [long_document(self.texts, length, rng) for _ in range(max(2, tokens // length))]
         ids = tokenize(self.tokenizer, [" ".join(parts) for parts in documents], length)
@@ -188,11 +212,7 @@ class Run:
             pieces = pieces[: max(8, len(pieces) * len(row) // len(self.tokenizer.encode(" ".join(parts)).ids))]
             raw = self.teacher.embed([pieces[i : i + 400] for i in range(0, max(1, len(pieces) - 100), 400)])
             targets.append(self.centred(raw.to(self.device)).mean(0))
-        batch, states = self.encode(ids)
-        vectors, target = states[-1][batch.first], torch.stack(targets)
-        return distillation(vectors, target), torch.stack(
-            [cosine(vectors, target), torch.zeros_like(self.scale.detach())]
-        )
+        return ids, torch.stack(targets)
 
     def _learn(
         self, texts: Sequence[Text], encodings: Sequence[Encoding], lengths: Sequence[int], anchor: float
@@ -207,6 +227,14 @@ class Run:
         value = distillation(vectors, targets.vectors) + _STATES * missed
         value = value + anchor * self.rarity(states[-1], batch, [text.language for text in texts])
         return value, torch.stack([cosine(vectors, targets.vectors), missed.detach()]), batch, states, targets
+
+
+class Side(NamedTuple):
+    """Questions, or passages: dense vectors, sparse weights over the vocabulary, and what the teacher's vectors are."""
+
+    vectors: Tensor
+    weights: Tensor
+    target: Tensor
 
 
 class Targets(NamedTuple):
@@ -225,6 +253,12 @@ def unit(vectors: Tensor, dimension: int) -> Tensor:
 def cosine(vectors: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cosine."""
     return functional.cosine_similarity(vectors.detach(), targets).mean()
+
+
+def shares_found(dense: Tensor, lexical: Tensor) -> Tensor:
+    """Return the shares of questions whose passage scores best."""
+    wanted = torch.arange(len(dense), device=dense.device)
+    return torch.stack([(scores.argmax(1) == wanted).float().mean() for scores in (dense, lexical)])
 
 
 def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
@@ -312,7 +346,7 @@ def main() -> None:
         anchor = _RARITY * (1 - 0.8 * share)
         draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
-        with rounded_layers(student, share >= _ROUNDED_FROM):
+        with rounded(student.layers, share >= _ROUNDED_FROM):
             if kind == "texts":
                 texts, encodings = next(stream)
                 value, figures = run.text_loss(texts, encodings, anchor)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from student import CONSTANT, Student
-from torch import Tensor
+from student import CONSTANT
+from torch import Tensor, nn
 
 STEPS, EMBEDDING_STEPS = 8.0, 2.4  # of the grid, to a standard deviation
 
@@ -42,9 +42,9 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
 
 
 @contextmanager
-def rounded_layers(student: Student, active: bool) -> Iterator[None]:
-    """Let the layers' matrices be rounded within; leave the precise ones for the optimizer."""
-    matrices = [p for n, p in student.named_parameters() if active and p.ndim == 2 and n.startswith("layers.")]
+def rounded(layers: nn.Module, active: bool) -> Iterator[None]:
+    """Let the matrices of one or more layers be rounded within; leave the precise ones for the optimizer."""
+    matrices = [parameter for parameter in layers.parameters() if active and parameter.ndim == 2]
     precise = [matrix.data for matrix in matrices]
     for matrix in matrices:
         matrix.data = coarse(matrix.data, STEPS)

@@ -1,5 +1,8 @@
 """What a transplant loses can mostly be solved for: positions and linear maps, layer by layer, without gradients.
 
+The student has fewer pieces, of lower-cased text. Where the teacher reads another piece, or several, word embeddings are solved
+for: the mean over the characters that both read shall be the same.
+
 The teacher adds absolute positions to its word embeddings; a GTE network only turns queries and keys. What the teacher's
 attention makes of positions is, to nine tenths, a function of the distance between two tokens, one for every head. A head
 here has some pairs of channels that turn fast and are given nothing to read: their biases alone, turned against each other,
@@ -16,12 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from alignment import Spans
+from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
-from student import CONSTANT, RARE, Layer, Student
+from scipy.sparse import csr_array
+from student import GAIN, OWN, RARE, Layer, Student, turns
 from teacher import Teacher
+from tokenizers import Encoding
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +36,8 @@ _NEAR, _FAR = 64, 384  # distances that are fitted: as measured, and level
 _FAR_WEIGHT = 0.5  # of all far distances together, beside the near ones
 _FEWEST = 5  # texts that must reach a position for its mean to count
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # in units of the mean square of what is read
+_OCCURRENCES = 3.0  # so often, as it were, has a piece been seen to be what the teacher has for it
+_ITERATIONS = 12  # of conjugate gradients: what is left after them is a thousandth
 _SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
 _HELD_OUT = 8  # one in so many lessons
 
@@ -41,6 +49,39 @@ class Lesson(NamedTuple):
     its: Batch
     spans: Spans
     states: dict[str, Tensor]
+
+
+def heal_words(words: Tensor, its_words: Tensor, mine: Sequence[Encoding], its: Sequence[Encoding]) -> Tensor:
+    """Fit word embeddings so that spans of characters come out as the teacher's do.
+
+    Args:
+        words: The student's, to begin with, (pieces, C).
+        its_words: The teacher's, (its pieces, C).
+        mine: Texts in the student's tokens.
+        its: The same in the teacher's.
+
+    Returns:
+        float32, (pieces, C).
+    """
+    spans = common(mine, its, [len(encoding.ids) for encoding in mine])
+    averages = []
+    for encodings, which, size in ((mine, spans.student, len(words)), (its, spans.teacher, len(its_words))):
+        ids = np.array([token for encoding in encodings for token in encoding.ids])
+        inside = (which >= 0).numpy()
+        rows = which.numpy()[inside]
+        shares = (1 / np.bincount(rows, minlength=spans.count).astype(np.float32))[rows]
+        averages.append(csr_array((shares, (rows, ids[inside])), shape=(spans.count, size)))
+    average, target = averages[0], averages[1] @ its_words.numpy()
+    change = np.zeros_like(words.numpy())
+    left = average.T @ (target - average @ words.numpy())
+    direction, error = left, (left * left).sum(0)
+    for _ in range(_ITERATIONS):
+        product = average.T @ (average @ direction) + _OCCURRENCES * direction
+        step = error / np.maximum((direction * product).sum(0), 1e-20)
+        change, left = change + step * direction, left - step * product
+        previous, error = error, (left * left).sum(0)
+        direction = left + error / np.maximum(previous, 1e-20) * direction
+    return words + torch.from_numpy(change)
 
 
 @torch.inference_mode()
@@ -59,7 +100,6 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
     student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
     for mine, its, _, states in lessons:
         states["hidden"] = student.embeddings_ln(student.word_embeddings(mine.ids))
-        states["rare"] = states["hidden"][:, RARE].clone()
         states["teacher"] = teacher.embedded(its)
     missed = []
     for number, (old, following) in enumerate(zip(layers, [*layers[1:], teacher.num_layers], strict=True)):
@@ -76,13 +116,13 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            fit.add(states["mixed"], sums, wanted_sums(before, sums, states["rare"], layer.attn_ln, spans), spans)
+            fit.add(states["mixed"], sums, before, spans)
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
         for kind, values in (("w", layer.mlp_ln.weight), ("b", layer.mlp_ln.bias)):
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
-            new[[CONSTANT, RARE]] = values[[CONSTANT, RARE]]
+            new[OWN] = values[OWN]
             values.copy_(new)
         fit = Fit(down)
         for _, its, spans, states in lessons:
@@ -95,7 +135,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
                 state = teacher.norm(before, f"l{there}.oln")
             read = layer.neurons(states["hidden"])
             sums = states["hidden"] + down(read)
-            fit.add(read, sums, wanted_sums(before, sums, states["rare"], layer.mlp_ln, spans), spans)
+            fit.add(read, sums, before, spans)
             states["teacher"] = state
         fit.solve()
         round_off(down)
@@ -104,7 +144,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             states["hidden"] = layer.mlp_ln(states["hidden"] + down(layer.neurons(states["hidden"])))
             wanted = spans.mean(states["teacher"], spans.teacher)
             missing = spans.mean(states["hidden"], spans.student) - wanted
-            missing[:, RARE] = 0
+            missing[:, OWN] = 0
             error += float(missing.square().sum())
             total += float((wanted - wanted.mean(0)).square().sum())
         missed.append(error / total)
@@ -130,28 +170,9 @@ def heal_pooling(
         first = mix(layer, states, batch, student.frequencies)[batch.first]
         sums = states[batch.first] + layer.attention["o_proj"](first)
         error = target * ((sums * target).sum() / target.square().sum()) - sums
-        error[:, RARE] = 0
+        error[:, [RARE, GAIN]] = 0
         fit.add_rows(first, error)
     fit.solve()
-
-
-def wanted_sums(before: Tensor, sums: Tensor, rare: Tensor, norm: nn.LayerNorm, spans: Spans) -> Tensor:
-    """Return what should be before a LayerNorm.
-
-    Args:
-        before: What the teacher has there, (the teacher's tokens, C).
-        sums: What the student has there, (tokens, C).
-        rare: What channel `RARE` should be after it, (tokens,).
-        norm: The LayerNorm.
-        spans: Which tokens belong together.
-
-    Returns:
-        float32, (spans, C).
-    """
-    wanted = spans.mean(before, spans.teacher)
-    before_norm = sums.mean(1) + sums.std(1, correction=0) * (rare - norm.bias[RARE]) / norm.weight[RARE]
-    wanted[:, RARE] = spans.mean(before_norm[:, None], spans.student).squeeze(1)
-    return wanted
 
 
 def round_off(linear: nn.Linear) -> None:
@@ -161,8 +182,7 @@ def round_off(linear: nn.Linear) -> None:
 
 def mix(layer: Layer, hidden: Tensor, batch: Batch, frequencies: Tensor) -> Tensor:
     """Return what a layer's output projection reads, (tokens, C)."""
-    angles = batch.positions.float()[:, None, None] * frequencies
-    return layer.mixed(hidden, angles.cos(), angles.sin(), batch)
+    return layer.mixed(hidden, *turns(batch, frequencies), batch)
 
 
 def distance_kernels(teacher: Teacher, layer: int, lessons: Sequence[Lesson]) -> Tensor:
@@ -270,17 +290,17 @@ class Fit:
         self.moments = torch.zeros(2, size, len(linear.weight))
         self.calls = 0
 
-    def add(self, read: Tensor, sums: Tensor, wanted: Tensor, spans: Spans) -> None:
+    def add(self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans) -> None:
         """Take tokens in.
 
         Args:
             read: What the projection reads, (tokens, F).
             sums: Its output and what that is added to, (tokens, C).
-            wanted: The sums that the spans should have, (spans, C).
+            before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
         """
-        error = wanted - spans.mean(sums, spans.student)
-        error[:, CONSTANT] = 0
+        error = spans.mean(before, spans.teacher) - spans.mean(sums, spans.student)
+        error[:, OWN] = 0
         self.add_rows(spans.mean(read, spans.student), error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:

@@ -1,9 +1,11 @@
 """First stage: vocabulary, statistics of the teacher, the transplanted student, and what can be solved for without training.
 
 python training/prepare.py --data FOLDER --out start.pt
+python training/finish.py --data FOLDER --start start.pt --out finished.pt
+python training/export.py --start start.pt --state finished.pt --out gte-mini/
+
+Between them, with hours or a GPU:
 python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
-python training/refit.py --data FOLDER --start start.pt --state run/state.pt --out refitted.pt
-python training/export.py --start start.pt --state refitted.pt --out gte-mini/
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import torch
 import vocabulary
 from alignment import common
 from batch import Batch
-from heal import Lesson, heal, heal_pooling
+from heal import Lesson, heal, heal_pooling, heal_words
 from mixture import Texts, seeded
-from student import CONSTANT, RARE, config_from, transplant
+from student import CARRYING, CONSTANT, GAIN, RARE, config_from, transplant
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -33,7 +35,7 @@ _XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
 _WHITENED = 0.35  # how far the target's components are brought to one variance: 0 not at all, 1 all the way
 _BETWEEN = 2.0  # what differs between languages counts so often in that: it is damped
 _SAMPLE, _STATED = 2500, 500  # texts whose vectors, and whose hidden states are looked at
-_HEALED = 2600  # texts that the student is fitted to
+_WORDED, _HEALED = 4000, 4500  # texts that word embeddings, and then the layers are fitted to
 _LONGEST, _TOKENS = 320, 4000  # tokens of such a text, and of those that pass through together
 
 
@@ -73,6 +75,21 @@ def sample(texts: Texts, seed: int, size: int) -> tuple[list[str], list[str]]:
     return [text.text for text in drawn], [text.language for text in drawn]
 
 
+def words_as_written(teacher: Teacher, pieces: Sequence[str], kept: Sequence[int]) -> Tensor:
+    """Return the teacher's embeddings of lower-cased pieces: the means over the ways to write each, by frequency."""
+    ways: dict[str, list[int]] = {}
+    for piece, text in enumerate(pieces):
+        ways.setdefault(text.lower(), []).append(piece)
+    words = teacher.weights["emb.word"][torch.tensor(list(kept))]
+    for row in range(len(vocabulary.SPECIALS), len(kept)):
+        same = torch.tensor(ways[pieces[kept[row]]])
+        if len(same) > 1:
+            words[row] = (
+                torch.tensor([teacher.scores[piece] for piece in same]).softmax(0) @ teacher.weights["emb.word"][same]
+            )
+    return words
+
+
 @torch.inference_mode()
 def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: Sequence[str]) -> dict[str, Tensor]:
     """Look at the teacher on real text.
@@ -94,7 +111,8 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: 
 
     def look(before: Tensor, after: Tensor) -> Tensor:
         constants.append(after[:, CONSTANT].mean())
-        norms.append(torch.stack([before.mean(1).mean(), before.std(1).mean(), after[:, RARE].mean()]))
+        usual = 1 / before.std(1).reciprocal().mean()
+        norms.append(torch.stack([before.mean(1).mean(), usual, after[:, RARE].mean(), after[:, GAIN].mean()]))
         return after
 
     look(hidden, hidden)
@@ -189,9 +207,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the training folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=112_000, help="pieces")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11], help="of the teacher's"
-    )
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(12)), help="of the teacher's")
     parser.add_argument("--inner", type=int, default=1536, help="width of the MLP")
     parser.add_argument(
         "--rope-theta", type=float, default=1e10, help="so large that most channels of a head hardly turn"
@@ -221,16 +237,17 @@ def main() -> None:
         "rope_scaling": {"kind": "none", "factor": 1.0},
     }
     rare = torch.from_numpy(texts.usual_rarity(texts.inverse_frequencies(tokenizer)))
+    words, worded = words_as_written(teacher, pieces, kept), sample(texts, args.seed + 2, _WORDED)[0]
     student = transplant(
         teacher,
-        kept,
+        heal_words(words, teacher.weights["emb.word"], *(reader.encode_batch(worded) for reader in (tokenizer, whole))),
         args.layers,
         config_from(shape),
         seen["constants"],
         seen["mean"] * seen["pool_norm"],
         seen["projection"] / seen["spread"] / seen["pool_norm"] * seen["first"].norm(),
         seen["first"],
-        [row.topk(args.inner).indices.sort().values for row in seen["importance"]],
+        [row.topk(args.inner - CARRYING).indices.sort().values for row in seen["importance"]],
         centred_rarity(rare, tokenize(tokenizer, drawn)),
         seen["norms"],
     )

@@ -7,8 +7,10 @@ The transplant gives a student that agrees with its teacher before any training 
 - Attention weights copy as they are. Absolute positions have no place here; their mean goes into the word embeddings.
 - The gated MLP has no bias and multiplies two branches; the teacher's plain one has a bias and one branch. One channel of the
   hidden state, the least informative, is held constant (LayerNorm weight 0, bias C), so that its column carries the bias of the
-  gate, and a constant 1 in the other branch. That branch stays as it is, so training does not compute it (`Layer.plain`).
-- Another such channel is written only by the word embeddings: it carries how rare a token usually is up to the sparse head.
+  gate, and a constant 1 in the other branch. That branch stays as it is, so training does not compute it (`Layer.carrying`).
+- Another such channel carries how rare a token usually is from its word embedding to the sparse head. Every LayerNorm scales it
+  a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
+  how much. Three neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -28,20 +30,27 @@ from gte_rag.config import GTEConfig, RotaryScaling
 
 CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
+GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
+OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
+CARRYING = 3  # neurons of every MLP, its last, that undo what `GAIN` tells
 _RARE_SCALE = (
     5.0  # of that channel in a word embedding, beside the others' deviation, from the commonest token to the rarest
 )
-_RARE_WEIGHT = 0.4  # of that channel in the LayerNorm that follows: about the others'
+_RARE_WEIGHT = 0.8  # of that channel in the LayerNorm that follows: about twice the others'
+_GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
+_GAIN = 2.0  # what it is where nothing was scaled
+_LINEAR = 4.0  # where GELU is the identity
 _RESIDUAL = 0.25  # share of the first token's own state beside the pooled vector in the pooling layer
 
 
 class Layer(nn.Module):
     """One post-LayerNorm layer; parameters named as in `gte_rag.model`."""
 
-    def __init__(self, config: GTEConfig, plain: bool) -> None:
+    def __init__(self, config: GTEConfig, carrying: bool) -> None:
+        """Build a layer; `carrying`: it comes from the teacher, and its channels `OWN` do what they are for."""
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.plain = plain
+        self.carrying = carrying
         self.num_heads = config.num_heads
         self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(width, 3 * width), "o_proj": nn.Linear(width, width)})
         self.attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -49,9 +58,13 @@ class Layer(nn.Module):
             {"up_gate_proj": nn.Linear(width, 2 * inner, bias=False), "down_proj": nn.Linear(inner, width)}
         )
         self.mlp_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        if plain:
+        if carrying:
             for parameter in (*self.attn_ln.parameters(), *self.mlp_ln.parameters()):
-                parameter.register_hook(_but_constant)
+                parameter.register_hook(_but_own)
+            for linear in (self.attention["o_proj"], self.mlp["down_proj"]):
+                linear.weight.register_hook(_but_own)
+                linear.bias.register_hook(_but_own)
+            self.mlp["up_gate_proj"].weight.register_hook(_but_carrying)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Apply the layer to packed tokens: (tokens, C) -> the same."""
@@ -65,9 +78,10 @@ class Layer(nn.Module):
 
     def neurons(self, hidden: Tensor) -> Tensor:
         """Return what the MLP's down projection reads: (tokens, C) -> (tokens, F)."""
-        if self.plain:
-            weight = self.mlp["up_gate_proj"].weight
-            return functional.gelu(functional.linear(hidden, weight[len(weight) // 2 :]))
+        if self.carrying:  # the up branch is 1 but for the last few neurons
+            up, gate = self.mlp["up_gate_proj"].weight.chunk(2)
+            plain, carrying = functional.gelu(functional.linear(hidden, gate)).tensor_split([-CARRYING], dim=1)
+            return torch.cat([plain, carrying * functional.linear(hidden, up[-CARRYING:])], 1)
         up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
         return functional.gelu(gate) * up
 
@@ -77,10 +91,24 @@ def config_from(shape: Mapping[str, Any]) -> GTEConfig:
     return GTEConfig(**{**shape, "rope_scaling": RotaryScaling(**shape["rope_scaling"])})
 
 
-def _but_constant(gradient: Tensor) -> Tensor:
+def _but_own(gradient: Tensor) -> Tensor:
     gradient = gradient.clone()
-    gradient[CONSTANT] = 0
+    gradient[OWN] = 0
     return gradient
+
+
+def _but_carrying(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    inner = len(gradient) // 2
+    gradient[:inner] = 0
+    gradient[-CARRYING:] = 0
+    return gradient
+
+
+def turns(batch: Batch, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles of every token's position, (tokens, 1, pairs of channels) each."""
+    angles = batch.positions.float()[:, None, None] * frequencies.to(batch.positions.device)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,14 +126,13 @@ class Student(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         last = config.num_layers - 1
-        self.layers = nn.ModuleList(Layer(config, plain=number < last) for number in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, carrying=number < last) for number in range(config.num_layers))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.frequencies = config.inverse_frequencies()
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """Return the packed hidden states after every layer, each (tokens, C), float32."""
-        angles = batch.positions.float()[:, None, None] * self.frequencies.to(batch.positions.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = turns(batch, self.frequencies)
         hidden = self.embeddings_ln(self.word_embeddings(batch.ids))
         states = []
         for layer in self.layers:
@@ -120,7 +147,7 @@ class Student(nn.Module):
 
 def transplant(
     teacher: Teacher,
-    kept_pieces: Sequence[int],
+    words: Tensor,
     layers: Sequence[int],
     config: GTEConfig,
     constants: Tensor,
@@ -135,7 +162,7 @@ def transplant(
 
     Args:
         teacher: The teacher.
-        kept_pieces: Ids of the pieces of the student's vocabulary, in its order.
+        words: Word embeddings of the student's pieces, (pieces, C).
         layers: The teacher's layers to keep.
         config: The student's shape; one layer more than `layers`.
         constants: Mean of channel `CONSTANT` after the embedding's LayerNorm and after both of every teacher's layer,
@@ -144,18 +171,20 @@ def transplant(
         projection: From the teacher's vectors to those that the student shall have, shape (C, C), in units that give hidden
             states of usual size.
         first_mean: Mean of the first token's last hidden state, shape (C,).
-        neurons: For every teacher's layer, the neurons of its MLP to keep.
-        rarity: How rare the kept pieces are, about 0 on average over text, shape (pieces,).
-        norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channel
-            `RARE` is after it, each averaged over tokens; shape (2 * layers + 1, 3).
+        neurons: For every teacher's layer, the neurons of its MLP to keep, `CARRYING` fewer than the student has.
+        rarity: How rare the pieces are, about 0 on average over text, shape (pieces,).
+        norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channels
+            `RARE` and `GAIN` are after it, each averaged over tokens; shape (2 * layers + 1, 4).
     """
     student = Student(config)
     state = student.state_dict()
     w = teacher.weights
     width = teacher.hidden_size
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
-    words = w["emb.word"][torch.tensor(list(kept_pieces))] + positions
-    words[:, RARE] = words.mean(1) + _RARE_SCALE * rarity * words.std(1)
+    words = words + positions
+    level, deviation = words.mean(1), words.std(1)
+    words[:, RARE] = level + _RARE_SCALE * rarity * deviation
+    words[:, GAIN] = level + _GAIN_SCALE * deviation
     state["word_embeddings.weight"] = words
     held = torch.where(constants.abs() > 0.2, constants, torch.ones(()))  # C at every place
 
@@ -163,20 +192,20 @@ def transplant(
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
         state[name + ".weight"][CONSTANT] = 0
         state[name + ".bias"][CONSTANT] = held[at]
-        level, deviation, _ = norms[at]
-        state[name + ".weight"][RARE] = deviation if at else _RARE_WEIGHT
-        state[name + ".bias"][RARE] = level if at else 0.0
+        level, deviation = norms[at, :2]
+        state[name + ".weight"][[RARE, GAIN]] = deviation if at else torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE])
+        state[name + ".bias"][[RARE, GAIN]] = level if at else 0.0
 
     def reading(weight: Tensor, bias: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        weight, bias = weight.clone(), bias + norms[at, 2] * weight[:, RARE]
+        weight, bias = weight.clone(), bias + weight[:, [RARE, GAIN]] @ norms[at, 2:]
         weight[:, CONSTANT] *= constants[at] / held[at]
-        weight[:, RARE] = 0
+        weight[:, [RARE, GAIN]] = 0
         return weight, bias
 
     def writing(name: str, weight: Tensor, bias: Tensor, step: Tensor) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
-        state[name + ".weight"][[CONSTANT, RARE]] = 0
-        state[name + ".bias"][CONSTANT], state[name + ".bias"][RARE] = step, 0
+        state[name + ".weight"][OWN] = 0
+        state[name + ".bias"][OWN] = torch.tensor([float(step), 0.0, 0.0])
 
     norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
     at = 0
@@ -194,8 +223,11 @@ def transplant(
         gate[:, CONSTANT] += bias / held[entry + 1]
         up = torch.zeros_like(gate)
         up[:, CONSTANT] = 1 / held[entry + 1]
-        state[new + "mlp.up_gate_proj.weight"] = torch.cat([up, gate])
+        carrying = carrying_neurons(float(held[entry + 1]), width)
+        state[new + "mlp.up_gate_proj.weight"] = torch.cat([up, carrying[0], gate, carrying[1]])
         writing(new + "mlp.down_proj", w[old + "fo.w"][:, keep], w[old + "fo.b"], held[entry + 2] - held[entry + 1])
+        down = state[new + "mlp.down_proj.weight"]
+        state[new + "mlp.down_proj.weight"] = torch.cat([down, carrying[2]], 1)
         norm(new + "mlp_ln", w[old + "oln.w"], w[old + "oln.b"], entry + 2)
         at = entry + 2
     last = f"layers.{len(layers)}."
@@ -206,9 +238,32 @@ def transplant(
     state[last + "attention.qkv_proj.bias"] = torch.zeros(3 * width)
     state[last + "attention.o_proj.weight"] = projection / _RESIDUAL
     state[last + "attention.o_proj.bias"] = -(projection / _RESIDUAL) @ mean - first_mean
-    state[last + "attention.o_proj.weight"][RARE] = 0
-    state[last + "attention.o_proj.bias"][RARE] = 0
+    state[last + "attention.o_proj.weight"][[RARE, GAIN]] = 0
+    state[last + "attention.o_proj.bias"][[RARE, GAIN]] = 0
+    state[last + "attn_ln.weight"][GAIN] = 0  # has served
     state[last + "mlp.down_proj.weight"] = torch.zeros_like(state[last + "mlp.down_proj.weight"])
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
     return student
+
+
+def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return neurons that undo how LayerNorms have scaled a token's channels `RARE` and `GAIN`.
+
+    A channel that is f times what it was becomes f * (1 + (1 - f)): for f between 0.7 and 1.3 that is less than a tenth from
+    where it began. 1 - f is read from `GAIN`, and the next such neurons see there what is left.
+
+    Args:
+        constant: What channel `CONSTANT` is where they read.
+        width: Channels.
+
+    Returns:
+        Rows of the up and of the gate projection, (CARRYING, C) each, and columns of the down projection, (C, CARRYING).
+    """
+    up, gate, down = torch.zeros(CARRYING, width), torch.zeros(CARRYING, width), torch.zeros(width, CARRYING)
+    up[:, CONSTANT], up[:, GAIN] = 1 / constant, -1 / _GAIN  # 1 - f
+    gate[:, CONSTANT] = _LINEAR / constant
+    gate[0, RARE] = gate[1, GAIN] = 1.0
+    down[RARE, 0] = down[GAIN, 1] = 1.0
+    down[[RARE, GAIN], 2] = -1.0  # less what is there to make GELU the identity
+    return up, gate, down

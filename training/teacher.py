@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batch import Batch
+from batch import Batch, by_length
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -88,15 +88,9 @@ class Teacher:
             float32, shape (texts, hidden_size).
         """
         out = torch.zeros(len(token_ids), self.hidden_size)
-        order = sorted(range(len(token_ids)), key=lambda text: len(token_ids[text]))
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(token_ids[order[stop]]) <= max_tokens:
-                stop += 1
-            batch = Batch([token_ids[text] for text in order[start:stop]], self.device)
-            out[order[start:stop]] = batch.mean(self.states(batch)[-1]).cpu()
-            start = stop
+        for group in by_length([len(ids) for ids in token_ids], max_tokens):
+            batch = Batch([token_ids[text] for text in group], self.device)
+            out[group] = batch.mean(self.states(batch)[-1]).cpu()
         return out
 
     @torch.inference_mode()

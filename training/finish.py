@@ -1,0 +1,207 @@
+"""Last stage of training: the layer that pools and the sparse head, on states that are computed once.
+
+    python training/finish.py --data FOLDER --start start.pt --out finished.pt
+    python training/finish.py --data FOLDER --start start.pt --state run/state.pt --out finished.pt    # after distil.py
+
+The layers below stay as they are. So what the last one reads is the same in every epoch, and a step costs one layer instead of
+all of them and the teacher. The pooling projection and the sparse head are solved for, then both and the rest of the
+layer are trained, with the losses of `distil.py`. Prints on examples that are kept out: the cosine to the teacher's vectors in
+each dimension, and the shares of pairs that the shortest, the whole dense, and the sparse vectors find among others alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from batch import Batch, by_length
+from distil import DIMENSIONS, Run, Side, distillation
+from grid import STEPS, coarse, rounded
+from heal import heal_pooling
+from mixture import Text, seeded
+from student import turns
+from teacher import tokenize
+from torch import Tensor
+from torch.nn import functional
+
+_QUESTION, _LONG = 96, 4096  # tokens of the longest question and document
+_TOKENS = 4000  # of the texts that pass through together
+_HELD_OUT = 10  # one example in so many
+_RARITY = 0.5  # how much the sparse weights are held to rarities, at first; a fifth of it at the end
+_ROUNDED_FROM = 0.7  # as in distil.py
+_WARM = 30  # steps until the learning rate is reached
+
+
+class Example(NamedTuple):
+    """Texts: what the last layer reads of them, (tokens, C) in float16, and the teacher's vectors, (texts, C)."""
+
+    batch: Batch
+    states: Tensor
+    target: Tensor
+    languages: list[str]
+
+
+class Finish:
+    """Examples, and what the last layer makes of them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.layer = run.student.layers[-1]
+
+    @torch.inference_mode()
+    def example(self, token_ids: Sequence[Sequence[int]], target: Tensor, languages: Sequence[str]) -> Example:
+        """Run the layers below."""
+        batch, states = self.run.encode(token_ids)
+        return Example(batch, states[-2].half(), target, list(languages))
+
+    def taught(self, texts: Sequence[Text], longest: int) -> Example:
+        """Run the layers below and the teacher."""
+        raw = self.run.teacher.embed(tokenize(self.run.teacher_tokenizer, [text.text for text in texts], 512))
+        ids = tokenize(self.run.tokenizer, [text.text for text in texts], longest)
+        return self.example(ids, self.run.centred(raw.to(self.run.device)), [text.language for text in texts])
+
+    def texts(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
+        """Draw single texts and passages, those of about one length together."""
+        drawn = [self.run.texts.draw(rng) for _ in range(number)]
+        lengths = [len(ids) for ids in tokenize(self.run.tokenizer, [text.text for text in drawn], self.run.longest)]
+        for group in by_length(lengths, _TOKENS):
+            yield [self.taught([drawn[text] for text in group], self.run.longest)]
+
+    def pairs(self, rng: random.Random, groups: int, size: int) -> Iterator[list[Example]]:
+        """Draw groups of pairs that share words, as questions and passages."""
+        for _ in range(groups):
+            drawn = self.run.pairs.draw(size, rng)
+            yield [
+                self.taught([Text(pair.first_language, pair.first[:1600]) for pair in drawn], _QUESTION),
+                self.taught([Text(pair.second_language, pair.second[:1600]) for pair in drawn], self.run.longest),
+            ]
+
+    def long(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
+        """Draw long documents, a few at a time."""
+        for _ in range(number):
+            ids, target = self.run.long_documents(rng, _LONG)
+            yield [self.example(ids, target, [])]
+
+    def apply(self, example: Example) -> Tensor:
+        """Return the last states, (tokens, C)."""
+        return self.layer(example.states.float(), *turns(example.batch, self.run.student.frequencies), example.batch)
+
+    def side(self, example: Example, states: Tensor) -> Side:
+        """Return what the contrast reads."""
+        return Side(states[example.batch.first], self.run.sparse(states, example.batch), example.target)
+
+    def loss(self, examples: Sequence[Example], anchor: float) -> Tensor:
+        """Return the loss of texts, or of questions and their passages."""
+        value, sides = torch.zeros(()), []
+        for example in examples:
+            states = self.apply(example)
+            value = value + distillation(states[example.batch.first], example.target) / len(examples)
+            if example.languages:
+                value = value + anchor * self.run.rarity(states, example.batch, example.languages) / len(examples)
+            if len(examples) == 2:
+                sides.append(self.side(example, states))
+        if sides:
+            value = value + self.run.contrast(*self.run.scores(*sides), sides[0].target, sides[1].target)
+        return value
+
+    def solve(self, examples: Sequence[Sequence[Example]]) -> None:
+        """Solve for the pooling projection and the sparse head."""
+        flat = [example for group in examples for example in group if example.languages]
+        batches, states = [example.batch for example in flat], [example.states.float() for example in flat]
+        heal_pooling(self.run.student, batches, states, [example.target for example in flat])
+        with torch.inference_mode():
+            some = flat[:: max(1, len(flat) // 60)]
+            self.run.solve_classifier([(self.apply(example), example.batch, example.languages) for example in some])
+
+    @torch.inference_mode()
+    def report(self, examples: Sequence[Sequence[Example]]) -> str:
+        """Return how well examples come out, as text."""
+        cosines: dict[str, list[Tensor]] = {"texts": [], "long": []}
+        ranks: list[Tensor] = []
+        for group in examples:
+            states = [self.apply(example) for example in group]
+            if len(group) == 1:
+                vectors, target = states[0][group[0].batch.first], group[0].target
+                row = [functional.cosine_similarity(vectors[:, :n], target[:, :n]).mean() for n in DIMENSIONS]
+                cosines["texts" if group[0].languages else "long"].append(torch.stack(row))
+                continue
+            dense, lexical = self.run.scores(*(self.side(*both) for both in zip(group, states, strict=True)))
+            ranks.append(torch.stack([reciprocal_rank(scores) for scores in (*dense, lexical)]))
+        said = [f"{kind} " + figures(rows) for kind, rows in cosines.items() if rows]
+        return "  ".join([*said, "pairs " + figures(ranks)])
+
+
+def figures(rows: Sequence[Tensor]) -> str:
+    """Return the means of columns as text."""
+    return " ".join(f"{value:.3f}" for value in torch.stack(list(rows)).mean(0))
+
+
+def reciprocal_rank(scores: Tensor) -> Tensor:
+    """Return the mean reciprocal rank of the diagonal."""
+    return (1 / (1 + (scores > scores.diagonal()[:, None]).sum(1)).float()).mean()
+
+
+def main() -> None:
+    """Write the weights, the last layer and the head finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the training folder")
+    parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--state", type=Path, help="state.pt of distil.py; without it, the start as it is")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=4000, help="single texts and passages to look at")
+    parser.add_argument("--groups", type=int, default=240, help="groups of pairs")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs of a group")
+    parser.add_argument("--long", type=int, default=30, help="times some long documents")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=3)
+    args = parser.parse_args()
+
+    start = torch.load(args.start, weights_only=True)
+    run = Run(start, args.data, 320, torch.device("cpu"))
+    if args.state:
+        run.student.load_state_dict(torch.load(args.state, weights_only=True)["weights"])
+    with torch.no_grad():
+        for parameter in run.student.layers[:-1].parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(coarse(parameter, STEPS))  # what the last layer will read when all is exported
+    finish, rng, began = Finish(run), seeded(args.seed), time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{(time.monotonic() - began) / 60:6.1f} min  {what}", flush=True)
+
+    examples = list(finish.pairs(rng, args.groups, args.pairs))
+    say(f"{len(examples)} groups of pairs")
+    examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
+    rng.shuffle(examples)
+    held_out, shown = examples[::_HELD_OUT], [group for i, group in enumerate(examples) if i % _HELD_OUT]
+    tokens = sum(len(example.states) for group in examples for example in group)
+    say(f"{tokens} tokens; as it is: {finish.report(held_out)}")
+    finish.solve(shown)
+    say(f"solved for: {finish.report(held_out)}")
+    parameters = [*finish.layer.parameters(), *run.student.classifier.parameters(), run.scale]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    step, total = 0, args.epochs * len(shown)
+    for epoch in range(args.epochs):
+        rng.shuffle(shown)
+        for group in shown:
+            share = step / total
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / _WARM) * (1 - share)
+            with rounded(finish.layer, share >= _ROUNDED_FROM):
+                optimizer.zero_grad(set_to_none=True)
+                finish.loss(group, _RARITY * (1 - 0.8 * share)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+        with rounded(finish.layer, True):
+            say(f"epoch {epoch + 1}: {finish.report(held_out)}")
+    torch.save({"weights": run.student.state_dict()}, args.out)
+
+
+if __name__ == "__main__":
+    main()
