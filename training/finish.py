@@ -53,7 +53,7 @@ class Finish:
         self.run = run
         self.layer = run.student.layers[-1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def example(self, token_ids: Sequence[Sequence[int]], target: Tensor, languages: Sequence[str]) -> Example:
         """Run the layers below."""
         batch, states = self.run.encode(token_ids)
