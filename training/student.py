@@ -10,7 +10,7 @@ The transplant gives a student that agrees with its teacher before any training 
   gate, and a constant 1 in the other branch. That branch stays as it is, so training does not compute it (`Layer.carrying`).
 - Another such channel carries how rare a token usually is from its word embedding to the sparse head. Every LayerNorm scales it
   a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
-  how much. Three neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
+  how much. Four neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -32,14 +32,13 @@ CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
 OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
-CARRYING = 3  # neurons of every MLP, its last, that undo what `GAIN` tells
+CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
 _RARE_SCALE = (
     5.0  # of that channel in a word embedding, beside the others' deviation, from the commonest token to the rarest
 )
-_RARE_WEIGHT = 0.8  # of that channel in the LayerNorm that follows: about twice the others'
+_RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
-_GAIN = 2.0  # what it is where nothing was scaled
-_LINEAR = 4.0  # where GELU is the identity
+_GAIN = 1.0  # what it is where nothing was scaled
 _RESIDUAL = 0.25  # share of the first token's own state beside the pooled vector in the pooling layer
 
 
@@ -251,7 +250,8 @@ def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tenso
     """Return neurons that undo how LayerNorms have scaled a token's channels `RARE` and `GAIN`.
 
     A channel that is f times what it was becomes f * (1 + (1 - f)): for f between 0.7 and 1.3 that is less than a tenth from
-    where it began. 1 - f is read from `GAIN`, and the next such neurons see there what is left.
+    where it began. 1 - f is read from `GAIN`, and the next such neurons see there what is left. A channel is read through two
+    neurons, because GELU(x) - GELU(-x) = x.
 
     Args:
         constant: What channel `CONSTANT` is where they read.
@@ -262,8 +262,7 @@ def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tenso
     """
     up, gate, down = torch.zeros(CARRYING, width), torch.zeros(CARRYING, width), torch.zeros(width, CARRYING)
     up[:, CONSTANT], up[:, GAIN] = 1 / constant, -1 / _GAIN  # 1 - f
-    gate[:, CONSTANT] = _LINEAR / constant
-    gate[0, RARE] = gate[1, GAIN] = 1.0
-    down[RARE, 0] = down[GAIN, 1] = 1.0
-    down[[RARE, GAIN], 2] = -1.0  # less what is there to make GELU the identity
+    for neuron, channel in ((0, RARE), (2, GAIN)):
+        gate[neuron, channel], gate[neuron + 1, channel] = 1.0, -1.0
+        down[channel, neuron], down[channel, neuron + 1] = 1.0, -1.0
     return up, gate, down
