@@ -98,9 +98,8 @@ class Service:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         try:
             response = self._opened().post(url, json=body, headers=headers)
-        except (
-            httpx.HTTPError
-        ) as error:  # the service may have done, and charged for, what it did not answer: not repeated
+        except httpx.HTTPError as error:
+            # Not repeated: the service may have done, and charged for, what it did not answer.
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RemoteError(_hidden(f"{url}: {reason}", key)) from None
         answer = _json(response)

@@ -50,7 +50,7 @@ _CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 0.5
 _STATES = 1.0  # weight of the token states
 _EVERY = 2  # states are compared after every second layer
 _CLIP = 1.0
-_ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
+ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
 _BETAS = (0.9, 0.99)
 
 
@@ -170,9 +170,8 @@ class Run:
             value = value + 0.5 * loss
             sides.append(Side(states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
         scores, lexical = self.scores(*sides)
-        return value + self.contrast(scores, lexical, sides[0].target, sides[1].target), shares_found(
-            scores[-1], lexical
-        )
+        value = value + self.contrast(scores, lexical, sides[0].target, sides[1].target)
+        return value, shares_found(scores[-1], lexical)
 
     def scores(self, questions: Side, passages: Side) -> tuple[list[Tensor], Tensor]:
         """Return how well every question fits every passage: by the vectors in each of `DIMENSIONS`, and by the weights."""
@@ -243,6 +242,11 @@ class Targets(NamedTuple):
     vectors: Tensor
     spans: Spans
     states: list[Tensor]
+
+
+def rarity_weight(share: float) -> float:
+    """Return how much sparse weights are held to rarities when so much of a run is over: less and less."""
+    return _RARITY * (1 - 0.8 * share)
 
 
 def unit(vectors: Tensor, dimension: int) -> Tensor:
@@ -343,10 +347,10 @@ def main() -> None:
         share = spent / (60 * args.minutes)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * min(1.0, (step + 1) / 30) * (1 - share)
-        anchor = _RARITY * (1 - 0.8 * share)
+        anchor = rarity_weight(share)
         draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
-        with rounded(student.layers, share >= _ROUNDED_FROM):
+        with rounded(student.layers, share >= ROUNDED_FROM):
             if kind == "texts":
                 texts, encodings = next(stream)
                 value, figures = run.text_loss(texts, encodings, anchor)

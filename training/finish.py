@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 from batch import Batch, by_length
-from distil import DIMENSIONS, Run, Side, distillation
-from grid import STEPS, coarse, rounded
+from distil import DIMENSIONS, ROUNDED_FROM, Run, Side, distillation, rarity_weight
+from grid import rounded
 from heal import heal_pooling
 from mixture import Text, seeded
 from student import turns
@@ -32,8 +32,6 @@ from torch.nn import functional
 _QUESTION, _LONG = 96, 4096  # tokens of the longest question and document
 _TOKENS = 4000  # of the texts that pass through together
 _HELD_OUT = 10  # one example in so many
-_RARITY = 0.5  # how much the sparse weights are held to rarities, at first; a fifth of it at the end
-_ROUNDED_FROM = 0.7  # as in distil.py
 _WARM = 30  # steps until the learning rate is reached
 
 
@@ -59,27 +57,30 @@ class Finish:
         batch, states = self.run.encode(token_ids)
         return Example(batch, states[-2].half(), target, list(languages))
 
-    def taught(self, texts: Sequence[Text], longest: int) -> Example:
+    def tokens(self, texts: Sequence[Text], longest: int) -> list[list[int]]:
+        """Return the student's tokens."""
+        return tokenize(self.run.tokenizer, [text.text for text in texts], longest)
+
+    def taught(self, texts: Sequence[Text], token_ids: Sequence[Sequence[int]]) -> Example:
         """Run the layers below and the teacher."""
         raw = self.run.teacher.embed(tokenize(self.run.teacher_tokenizer, [text.text for text in texts], 512))
-        ids = tokenize(self.run.tokenizer, [text.text for text in texts], longest)
-        return self.example(ids, self.run.centred(raw.to(self.run.device)), [text.language for text in texts])
+        return self.example(token_ids, self.run.centred(raw.to(self.run.device)), [text.language for text in texts])
 
     def texts(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
         """Draw single texts and passages, those of about one length together."""
         drawn = [self.run.texts.draw(rng) for _ in range(number)]
-        lengths = [len(ids) for ids in tokenize(self.run.tokenizer, [text.text for text in drawn], self.run.longest)]
-        for group in by_length(lengths, _TOKENS):
-            yield [self.taught([drawn[text] for text in group], self.run.longest)]
+        token_ids = self.tokens(drawn, self.run.longest)
+        for group in by_length([len(ids) for ids in token_ids], _TOKENS):
+            yield [self.taught([drawn[text] for text in group], [token_ids[text] for text in group])]
 
     def pairs(self, rng: random.Random, groups: int, size: int) -> Iterator[list[Example]]:
         """Draw groups of pairs that share words, as questions and passages."""
         for _ in range(groups):
             drawn = self.run.pairs.draw(size, rng)
-            yield [
-                self.taught([Text(pair.first_language, pair.first[:1600]) for pair in drawn], _QUESTION),
-                self.taught([Text(pair.second_language, pair.second[:1600]) for pair in drawn], self.run.longest),
-            ]
+            questions = [Text(pair.first_language, pair.first[:1600]) for pair in drawn]
+            passages = [Text(pair.second_language, pair.second[:1600]) for pair in drawn]
+            sides = ((questions, _QUESTION), (passages, self.run.longest))
+            yield [self.taught(texts, self.tokens(texts, longest)) for texts, longest in sides]
 
     def long(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
         """Draw long documents, a few at a time."""
@@ -121,24 +122,18 @@ class Finish:
     @torch.inference_mode()
     def report(self, examples: Sequence[Sequence[Example]]) -> str:
         """Return how well examples come out, as text."""
-        cosines: dict[str, list[Tensor]] = {"texts": [], "long": []}
-        ranks: list[Tensor] = []
+        rows: dict[str, list[Tensor]] = {"texts": [], "long": [], "pairs": []}
         for group in examples:
             states = [self.apply(example) for example in group]
             if len(group) == 1:
                 vectors, target = states[0][group[0].batch.first], group[0].target
                 row = [functional.cosine_similarity(vectors[:, :n], target[:, :n]).mean() for n in DIMENSIONS]
-                cosines["texts" if group[0].languages else "long"].append(torch.stack(row))
+                rows["texts" if group[0].languages else "long"].append(torch.stack(row))
                 continue
             dense, lexical = self.run.scores(*(self.side(*both) for both in zip(group, states, strict=True)))
-            ranks.append(torch.stack([reciprocal_rank(scores) for scores in (*dense, lexical)]))
-        said = [f"{kind} " + figures(rows) for kind, rows in cosines.items() if rows]
-        return "  ".join([*said, "pairs " + figures(ranks)])
-
-
-def figures(rows: Sequence[Tensor]) -> str:
-    """Return the means of columns as text."""
-    return " ".join(f"{value:.3f}" for value in torch.stack(list(rows)).mean(0))
+            rows["pairs"].append(torch.stack([reciprocal_rank(scores) for scores in (*dense, lexical)]))
+        means = {kind: torch.stack(few).mean(0) for kind, few in rows.items() if few}
+        return "  ".join(" ".join([kind, *(f"{value:.3f}" for value in mean)]) for kind, mean in means.items())
 
 
 def reciprocal_rank(scores: Tensor) -> Tensor:
@@ -166,18 +161,15 @@ def main() -> None:
     run = Run(start, args.data, 320, torch.device("cpu"))
     if args.state:
         run.student.load_state_dict(torch.load(args.state, weights_only=True)["weights"])
-    with torch.no_grad():
-        for parameter in run.student.layers[:-1].parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(coarse(parameter, STEPS))  # what the last layer will read when all is exported
     finish, rng, began = Finish(run), seeded(args.seed), time.monotonic()
 
     def say(what: str) -> None:
         print(f"{(time.monotonic() - began) / 60:6.1f} min  {what}", flush=True)
 
-    examples = list(finish.pairs(rng, args.groups, args.pairs))
-    say(f"{len(examples)} groups of pairs")
-    examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
+    with rounded(run.student.layers[:-1], True):  # what the last layer will read when all is exported
+        examples = list(finish.pairs(rng, args.groups, args.pairs))
+        say(f"{len(examples)} groups of pairs")
+        examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
     rng.shuffle(examples)
     held_out, shown = examples[::_HELD_OUT], [group for i, group in enumerate(examples) if i % _HELD_OUT]
     tokens = sum(len(example.states) for group in examples for example in group)
@@ -192,9 +184,9 @@ def main() -> None:
         for group in shown:
             share = step / total
             optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / _WARM) * (1 - share)
-            with rounded(finish.layer, share >= _ROUNDED_FROM):
+            with rounded(finish.layer, share >= ROUNDED_FROM):
                 optimizer.zero_grad(set_to_none=True)
-                finish.loss(group, _RARITY * (1 - 0.8 * share)).backward()
+                finish.loss(group, rarity_weight(share)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1

@@ -37,7 +37,7 @@ _FAR_WEIGHT = 0.5  # of all far distances together, beside the near ones
 _FEWEST = 5  # texts that must reach a position for its mean to count
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # in units of the mean square of what is read
 _OCCURRENCES = 3.0  # so often, as it were, has a piece been seen to be what the teacher has for it
-_ITERATIONS = 12  # of conjugate gradients: what is left after them is a thousandth
+_ITERATIONS = 12  # of conjugate gradients
 _SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
 _HELD_OUT = 8  # one in so many lessons
 

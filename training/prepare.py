@@ -80,13 +80,12 @@ def words_as_written(teacher: Teacher, pieces: Sequence[str], kept: Sequence[int
     ways: dict[str, list[int]] = {}
     for piece, text in enumerate(pieces):
         ways.setdefault(text.lower(), []).append(piece)
-    words = teacher.weights["emb.word"][torch.tensor(list(kept))]
+    its_words = teacher.weights["emb.word"]
+    words = its_words[torch.tensor(list(kept))]
     for row in range(len(vocabulary.SPECIALS), len(kept)):
         same = torch.tensor(ways[pieces[kept[row]]])
         if len(same) > 1:
-            words[row] = (
-                torch.tensor([teacher.scores[piece] for piece in same]).softmax(0) @ teacher.weights["emb.word"][same]
-            )
+            words[row] = torch.tensor([teacher.scores[piece] for piece in same]).softmax(0) @ its_words[same]
     return words
 
 

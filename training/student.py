@@ -33,9 +33,7 @@ RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
 OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
-_RARE_SCALE = (
-    5.0  # of that channel in a word embedding, beside the others' deviation, from the commonest token to the rarest
-)
+_RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
 _GAIN = 1.0  # what it is where nothing was scaled
