@@ -23,7 +23,16 @@ from batch import Batch  # noqa: E402
 from distil import Run  # noqa: E402
 from finish import Finish  # noqa: E402
 from grid import STEPS, coarse, rounded  # noqa: E402
-from heal import SLOTS, Lesson, fit_cosines, heal, heal_words, place_positions  # noqa: E402
+from heal import (  # noqa: E402
+    SLOTS,
+    Lesson,
+    fit_cosines,
+    heal,
+    heal_words,
+    place_pooling,
+    place_positions,
+    tell_apart,
+)
 from mixture import Texts  # noqa: E402
 from prepare import statistics  # noqa: E402
 from student import (  # noqa: E402
@@ -37,6 +46,7 @@ from student import (  # noqa: E402
     carrying_neurons,
     rotate,
     transplant,
+    turns,
 )
 from teacher import Teacher  # noqa: E402
 
@@ -82,16 +92,16 @@ def test_spans_hold_the_same_characters_on_both_sides() -> None:
     mine = Tokens((0, 3), (3, 5), (5, 9), (9, 12))
     its = Tokens((0, 5), (5, 7), (7, 9), (9, 12))
     spans = common([mine], [its], [6])
-    assert spans.student.tolist() == [0, 1, 1, 2, 3, -1]
-    assert spans.teacher.tolist() == [0, 1, 2, 2, 3, -1]
+    assert spans.student.tolist() == [-1, 0, 0, 1, 2, -1]
+    assert spans.teacher.tolist() == [-1, 0, 1, 1, 2, -1]
     means = spans.mean(torch.arange(6.0)[:, None], spans.student)
-    assert means.squeeze(1).tolist() == [0, 1.5, 3, 4]
+    assert means.squeeze(1).tolist() == [1.5, 3, 4]
 
 
 def test_spans_end_where_the_student_stops_reading() -> None:
     spans = common([Tokens((0, 2), (2, 4), (4, 6))], [Tokens((0, 2), (2, 6))], [4])
-    assert spans.student.tolist() == [0, 1, -1, -1]  # the teacher's second token reaches beyond
-    assert spans.teacher.tolist() == [0, 1, -1, -1]
+    assert spans.student.tolist() == [-1, 0, -1, -1]  # the teacher's second token reaches beyond
+    assert spans.teacher.tolist() == [-1, 0, -1, -1]
 
 
 def test_a_sum_of_cosines_of_the_distance_is_found_again() -> None:
@@ -140,6 +150,7 @@ def small_teacher(layers: int = 3, pieces: int = 60, width: int = 384) -> Teache
         "emb.pos": 0.05 * torch.randn(64, width),
         "emb.type": torch.zeros(width),
     }
+    w["emb.word"][[0, 2], 15] = 200.0  # as the real one's special tokens are: one channel, and little else
     norms = ["emb.ln"]
     for layer in range(layers):
         for name, rows, columns in (
@@ -157,10 +168,15 @@ def small_teacher(layers: int = 3, pieces: int = 60, width: int = 384) -> Teache
     return teacher
 
 
-def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEncoder) -> None:
+def strongest(states: torch.Tensor) -> torch.Tensor:
+    """Return the strongest channel of every token beside the root mean square of all."""
+    return states.abs().amax(1) / states.square().mean(1).sqrt()
+
+
+def test_a_healed_student_carries_rarity_and_has_special_tokens_of_no_strong_channel(encoder: GTEEncoder) -> None:
     teacher = small_teacher()
     generator = torch.Generator().manual_seed(1)
-    token_ids = [torch.randint(4, 60, (9,), generator=generator).tolist() for _ in range(80)]
+    token_ids = [[0, *torch.randint(4, 60, (7,), generator=generator).tolist(), 2] for _ in range(80)]
     batch = Batch(token_ids)
     seen = statistics(teacher, token_ids, ["en"] * 80)
     config = dataclasses.replace(encoder.config, vocab_size=60, num_layers=4, intermediate_size=256)
@@ -175,7 +191,6 @@ def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEn
         seen["constants"],
         mean,
         projection,
-        mean,
         neurons,
         rarity,
         seen["norms"],
@@ -192,8 +207,38 @@ def test_a_channel_carries_the_rarity_of_tokens_to_the_last_layer(encoder: GTEEn
     missed = heal(student, teacher, [0, 1, 2], lessons)
     assert missed[-1] < 0.5
     with torch.inference_mode():
-        carried = student(batch)[2][:, RARE]
-    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.95  # untouched channels: about 0
+        states = student(batch)
+    assert (
+        torch.corrcoef(torch.stack([states[2][:, RARE], rarity[batch.ids]]))[0, 1] > 0.95
+    )  # untouched channels: about 0
+    special = batch.ids < 4
+    assert strongest(teacher.states(batch)[0][special]).min() > 10  # of at most 19.6
+    for hidden in states[:3]:
+        assert strongest(hidden[special]).max() < 5
+    place_pooling(student, lessons)
+    pooling = student.layers[3]
+    with torch.inference_mode():
+        mixed = pooling.mixed(states[2], *turns(batch, student.frequencies), batch)
+        values = pooling.attention["qkv_proj"](states[2])[:, 2 * 384 :]
+    # The first token looks at all tokens alike, all others at the closing one.
+    torch.testing.assert_close(mixed[batch.first], batch.mean(values), atol=0.15, rtol=0)  # values have deviation 0.5
+    torch.testing.assert_close(mixed[~special], values[batch.ids == 2][batch.text[~special]], atol=0.05, rtol=0)
+
+
+def test_some_states_are_read_as_others_and_the_rest_almost_as_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.linspace(2, 0.05, 64)
+    others = torch.randn(4000, 64, generator=generator) * spectrum
+    marks, instead = torch.randn(2, 2, 64, generator=generator).unbind(0)
+    linear = torch.nn.Linear(64, 32)
+    before = linear(torch.cat([instead, others])).detach()
+    with torch.no_grad():
+        change = linear(instead) - linear(marks)
+        plain = others @ torch.linalg.pinv(marks) @ change  # blind to what others are like
+        tell_apart(linear, marks, change, others)
+        after = linear(torch.cat([marks, others]))
+    torch.testing.assert_close(after[:2], before[:2], atol=1e-4, rtol=0)
+    assert (after[2:] - before[2:]).square().mean() < plain.square().mean() / 5
 
 
 def test_word_embeddings_make_good_for_pieces_the_student_lacks() -> None:
@@ -207,7 +252,7 @@ def test_word_embeddings_make_good_for_pieces_the_student_lacks() -> None:
         words[3:5].mean(0), its_words[5], atol=0.02, rtol=0
     )  # 3 occurrences of what was, beside 1000
     torch.testing.assert_close(words[2], its_words[2])
-    assert torch.equal(words[:2], its_words[:2])  # special tokens are in no span but the first one
+    assert torch.equal(words[:2], its_words[:2])  # special tokens are in no span
 
 
 def test_what_layer_norms_did_to_a_channel_is_undone_in_the_mlp() -> None:

@@ -42,7 +42,7 @@ def common(
     student_lengths: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Spans:
-    """Find the spans of texts that both tokenized; the first token, which stands for the text, is one of its own.
+    """Find the spans of texts that both tokenized; special tokens are of none.
 
     Args:
         student: The student's encodings, special tokens included.
@@ -62,10 +62,9 @@ def common(
             span = np.searchsorted(edges, tokens[:, 0], side="right") - 1
             span[(tokens[:, 1] > last) | (span < 0)] = -2  # reaches beyond what both have read
             row = np.full(total, -1)
-            row[0] = count
-            row[1 : 1 + len(span)] = np.where(span < 0, -1, count + 1 + span)
+            row[1 : 1 + len(span)] = np.where(span < 0, -1, count + span)
             out.append(row)
-        count += 1 + len(edges)
+        count += len(edges)
     return _kept(*(torch.from_numpy(np.concatenate(side)) for side in (mine, theirs)), count, device)
 
 

@@ -9,6 +9,9 @@ here has some pairs of channels that turn fast and are given nothing to read: th
 make a sum of cosines of the distance, which is fitted to the teacher's. The content of queries and keys moves into the other
 pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
 
+The teacher's special tokens are nearly one channel alone. The student's keep a pattern of equal channels from layer to layer,
+and what reads them is changed to see the teacher's.
+
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
 Every matrix is rounded to the checkpoint's grid as soon as it is known, so that the next solution makes good for that, too.
@@ -25,7 +28,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
 from scipy.sparse import csr_array
-from student import GAIN, OWN, RARE, Layer, Student, turns
+from student import GAIN, MARKS, OWN, RARE, Layer, Student, standing, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -38,6 +41,9 @@ _FEWEST = 5  # texts that must reach a position for its mean to count
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # in units of the mean square of what is read
 _OCCURRENCES = 3.0  # so often, as it were, has a piece been seen to be what the teacher has for it
 _ITERATIONS = 12  # of conjugate gradients
+_FLOOR = 0.01  # of variance that every direction is taken to have, in units of the mean square
+_LOOK = 14.0  # attention score by which most tokens prefer the closing one where the first one pools
+_SLOW = 8  # pairs of channels from this one on hardly turn within a text
 _SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
 _HELD_OUT = 8  # one in so many lessons
 
@@ -106,17 +112,17 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         layer = student.layers[number]
         assert isinstance(layer, Layer)
         kernels = distance_kernels(teacher, old, lessons)
+        read_marks_as_the_teacher(layer.attention["qkv_proj"], lessons)
         some = torch.cat([lesson.states["hidden"] for lesson in lessons[:_SOME]])
         place_positions(layer, kernels, some, student.frequencies)
         round_off(layer.attention["qkv_proj"])
-        round_off(layer.mlp["up_gate_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            fit.add(states["mixed"], sums, before, spans)
+            fit.add(states["mixed"], sums, before, spans, marked(mine), layer.attn_ln)
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -124,9 +130,12 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
             new[OWN] = values[OWN]
             values.copy_(new)
-        fit = Fit(down)
-        for _, its, spans, states in lessons:
+        for _, _, _, states in lessons:
             states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
+        read_marks_as_the_teacher(layer.mlp["up_gate_proj"], lessons)
+        round_off(layer.mlp["up_gate_proj"])
+        fit = Fit(down)
+        for mine, its, spans, states in lessons:
             state = states["teacher"]
             for there in range(old, following):  # the layers that the student lacks come at once
                 if there > old:
@@ -135,7 +144,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
                 state = teacher.norm(before, f"l{there}.oln")
             read = layer.neurons(states["hidden"])
             sums = states["hidden"] + down(read)
-            fit.add(read, sums, before, spans)
+            fit.add(read, sums, before, spans, marked(mine), layer.mlp_ln)
             states["teacher"] = state
         fit.solve()
         round_off(down)
@@ -152,6 +161,34 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
 
 
 @torch.inference_mode()
+def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
+    """Let the first token look at all tokens alike, and all others only at the closing one.
+
+    That one says nothing: its value is the mean, which the output projection makes zero. So what the sparse head reads of a
+    token is not mixed with anything.
+
+    Args:
+        student: Changed in place: queries, keys and values of its last layer.
+        lessons: After `heal`.
+    """
+    layer = student.layers[-1]
+    assert isinstance(layer, Layer)
+    projection = layer.attention["qkv_proj"]
+    width = projection.weight.shape[1]
+    size = width // layer.num_heads
+    marks, instead, others = mark_states(lessons)
+    instead[1] = others.mean(0)
+    change = functional.linear(instead - marks, projection.weight)
+    slow = torch.zeros(2, size // 2)
+    slow[:, _SLOW:] = (_LOOK * size**0.5 / (size - 2 * _SLOW)) ** 0.5
+    slow = slow.flatten().repeat(layer.num_heads)
+    projection.bias[:width] += slow
+    change[0, :width] = -slow  # but not the first token's queries
+    change[1, width : 2 * width] = slow
+    tell_apart(projection, marks, change, others)
+
+
+@torch.inference_mode()
 def heal_pooling(
     student: Student, batches: Sequence[Batch], hidden: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> None:
@@ -165,14 +202,62 @@ def heal_pooling(
     """
     layer = student.layers[-1]
     assert isinstance(layer, Layer)
-    fit = Fit(layer.attention["o_proj"])
-    for batch, states, target in zip(batches, hidden, targets, strict=True):
-        first = mix(layer, states, batch, student.frequencies)[batch.first]
-        sums = states[batch.first] + layer.attention["o_proj"](first)
+    output = layer.attention["o_proj"]
+    pairs = list(zip(batches, hidden, strict=True))
+    mixed = [mix(layer, states, batch, student.frequencies)[batch.first] for batch, states in pairs]
+    own = [states[batch.first] for batch, states in pairs]
+    output.bias -= torch.cat([x + output(read) for x, read in zip(own, mixed, strict=True)]).mean(0)
+    output.bias[[RARE, GAIN]] = 0
+    fit = Fit(output)
+    for read, x, target in zip(mixed, own, targets, strict=True):
+        sums = x + output(read)
         error = target * ((sums * target).sum() / target.square().sum()) - sums
         error[:, [RARE, GAIN]] = 0
-        fit.add_rows(first, error)
+        fit.add_rows(read, error)
     fit.solve()
+
+
+def marked(batch: Batch) -> Tensor:
+    """Tell which tokens are each of `MARKS`: bool, (2, tokens)."""
+    return batch.ids == torch.tensor(MARKS)[:, None]
+
+
+def mark_states(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean states of the tokens `MARKS`, the student's and the teacher's, (2, C) each, and the student's others."""
+
+    def means(batches: Sequence[Batch], name: str) -> Tensor:
+        where = torch.cat([marked(batch) for batch in batches], 1)
+        states = torch.cat([lesson.states[name] for lesson in lessons])
+        return torch.stack([states[chosen].mean(0) for chosen in where])
+
+    others = torch.cat([states["hidden"][~marked(mine).any(0)] for mine, _, _, states in lessons])
+    mine, its = (
+        means([lesson.mine for lesson in lessons], "hidden"),
+        means([lesson.its for lesson in lessons], "teacher"),
+    )
+    its[:, OWN] = mine[:, OWN]
+    return mine, its, others
+
+
+def read_marks_as_the_teacher(linear: nn.Linear, lessons: Sequence[Lesson]) -> None:
+    """Let a projection see in the student's special tokens what it would see in the teacher's."""
+    marks, instead, others = mark_states(lessons)
+    tell_apart(linear, marks, functional.linear(instead - marks, linear.weight), others)
+
+
+def tell_apart(linear: nn.Linear, marks: Tensor, change: Tensor, others: Tensor) -> None:
+    """Change what a projection makes of a few states, and as little as can be what it makes of all others.
+
+    Args:
+        linear: Changed in place.
+        marks: The states, (few, C).
+        change: What is added to what the projection makes of each, (few, F).
+        others: All others, (tokens, C).
+    """
+    moments = others.T @ others / len(others)
+    moments += _FLOOR * moments.diagonal().mean() * torch.eye(len(moments))
+    reading = torch.linalg.solve(moments, marks.T)  # what tells them from others best
+    linear.weight += torch.linalg.solve(marks @ reading, change).T @ reading.T
 
 
 def round_off(linear: nn.Linear) -> None:
@@ -290,7 +375,9 @@ class Fit:
         self.moments = torch.zeros(2, size, len(linear.weight))
         self.calls = 0
 
-    def add(self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans) -> None:
+    def add(
+        self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans, marked: Tensor, following: nn.LayerNorm
+    ) -> None:
         """Take tokens in.
 
         Args:
@@ -298,10 +385,15 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
+            marked: Which tokens are special, (2, tokens); they should keep their pattern instead.
+            following: The LayerNorm that reads the sums; its parameters for `GAIN` are their usual mean and deviation.
         """
-        error = spans.mean(before, spans.teacher) - spans.mean(sums, spans.student)
+        which, tokens = marked.nonzero().unbind(1)
+        pattern = standing(following.bias[GAIN], following.weight[GAIN], sums.shape[1])[which]
+        wanted = torch.cat([spans.mean(before, spans.teacher), pattern])
+        error = wanted - torch.cat([spans.mean(sums, spans.student), sums[tokens]])
         error[:, OWN] = 0
-        self.add_rows(spans.mean(read, spans.student), error)
+        self.add_rows(torch.cat([spans.mean(read, spans.student), read[tokens]]), error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:
         """Take rows in: what is read, and what is missing from the output."""

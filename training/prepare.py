@@ -22,7 +22,7 @@ import torch
 import vocabulary
 from alignment import common
 from batch import Batch
-from heal import Lesson, heal, heal_pooling, heal_words
+from heal import Lesson, heal, heal_pooling, heal_words, place_pooling
 from mixture import Texts, seeded
 from student import CARRYING, CONSTANT, GAIN, RARE, config_from, transplant
 from teacher import Teacher, tokenize
@@ -100,7 +100,7 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: 
 
     Returns:
         ``constants``: mean of channel `CONSTANT` after every LayerNorm; ``norms``: what `transplant` wants to know of them;
-        ``first``: mean last hidden state of the first token;
+        ``size``: usual length of a last hidden state;
         ``importance``: of every neuron of every MLP; ``mean``: of the unit vectors; ``projection``: see `target_projection`;
         ``pool_norm``: usual length of a mean-pooled vector.
     """
@@ -130,7 +130,7 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: 
         "constants": torch.stack(constants),
         "norms": torch.stack(norms),
         "importance": torch.stack(squares).sqrt() * outgoing,
-        "first": hidden[batch.first].mean(0),
+        "size": hidden.norm(dim=1).mean(),
         "mean": unit.mean(0),
         "projection": target_projection(centred, languages),
         "pool_norm": pooled.norm(dim=1).mean(),
@@ -244,8 +244,7 @@ def main() -> None:
         config_from(shape),
         seen["constants"],
         seen["mean"] * seen["pool_norm"],
-        seen["projection"] / seen["spread"] / seen["pool_norm"] * seen["first"].norm(),
-        seen["first"],
+        seen["projection"] / seen["spread"] / seen["pool_norm"] * seen["size"],
         [row.topk(args.inner - CARRYING).indices.sort().values for row in seen["importance"]],
         centred_rarity(rare, tokenize(tokenizer, drawn)),
         seen["norms"],
@@ -254,6 +253,7 @@ def main() -> None:
     missed = heal(student, teacher, args.layers, texts_of_both)
     print("variance of the teacher's states missed after each layer:", *(f"{share:.3f}" for share in missed))
     vectors = [functional.normalize(its.mean(states["teacher"]), dim=1) for _, its, _, states in texts_of_both]
+    place_pooling(student, texts_of_both)
     heal_pooling(
         student,
         [lesson.mine for lesson in texts_of_both],

@@ -11,6 +11,8 @@ The transplant gives a student that agrees with its teacher before any training 
 - Another such channel carries how rare a token usually is from its word embedding to the sparse head. Every LayerNorm scales it
   a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
   how much. Four neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
+- The teacher's special tokens are all but one channel, which 8 bits for a token cannot hold together with the others. Here they
+  hold a pattern of equal strength in all channels instead, through all the teacher's layers (`standing`; `heal.py` sees to it).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -25,6 +27,7 @@ import torch
 from teacher import Batch, Teacher
 from torch import Tensor, nn
 from torch.nn import functional
+from vocabulary import SPECIALS
 
 from gte_rag.config import GTEConfig, RotaryScaling
 
@@ -32,12 +35,13 @@ CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
 OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
+MARKS = [SPECIALS.index("<s>"), SPECIALS.index("</s>")]  # the tokens before and after a text
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
 _RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
 _GAIN = 1.0  # what it is where nothing was scaled
-_RESIDUAL = 0.25  # share of the first token's own state beside the pooled vector in the pooling layer
+_POOLED = 4.0  # the pooled vector's usual size in the pooling layer, beside that of the teacher's last states
 
 
 class Layer(nn.Module):
@@ -150,7 +154,6 @@ def transplant(
     constants: Tensor,
     mean: Tensor,
     projection: Tensor,
-    first_mean: Tensor,
     neurons: Sequence[Tensor],
     rarity: Tensor,
     norms: Tensor,
@@ -167,7 +170,6 @@ def transplant(
         mean: Mean of the teacher's vectors in units of its hidden states, shape (C,).
         projection: From the teacher's vectors to those that the student shall have, shape (C, C), in units that give hidden
             states of usual size.
-        first_mean: Mean of the first token's last hidden state, shape (C,).
         neurons: For every teacher's layer, the neurons of its MLP to keep, `CARRYING` fewer than the student has.
         rarity: How rare the pieces are, about 0 on average over text, shape (pieces,).
         norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channels
@@ -180,6 +182,7 @@ def transplant(
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
     words = words + positions
     level, deviation = words.mean(1), words.std(1)
+    words[MARKS] = standing(level[MARKS, None], deviation[MARKS, None], width)
     words[:, RARE] = level + _RARE_SCALE * rarity * deviation
     words[:, GAIN] = level + _GAIN_SCALE * deviation
     state["word_embeddings.weight"] = words
@@ -233,8 +236,8 @@ def transplant(
     qkv[2 * width + CONSTANT] = 0
     state[last + "attention.qkv_proj.weight"] = qkv
     state[last + "attention.qkv_proj.bias"] = torch.zeros(3 * width)
-    state[last + "attention.o_proj.weight"] = projection / _RESIDUAL
-    state[last + "attention.o_proj.bias"] = -(projection / _RESIDUAL) @ mean - first_mean
+    state[last + "attention.o_proj.weight"] = _POOLED * projection
+    state[last + "attention.o_proj.bias"] = -_POOLED * projection @ mean
     state[last + "attention.o_proj.weight"][[RARE, GAIN]] = 0
     state[last + "attention.o_proj.bias"][[RARE, GAIN]] = 0
     state[last + "attn_ln.weight"][GAIN] = 0  # has served
@@ -242,6 +245,12 @@ def transplant(
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
     return student
+
+
+def standing(level: Tensor, deviation: Tensor, width: int) -> Tensor:
+    """Return what LayerNorms read of the tokens `MARKS`: mean and deviation over channels -> (2, C), always the same signs."""
+    signs = torch.randint(0, 2, (len(MARKS), width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return level + deviation * signs
 
 
 def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
