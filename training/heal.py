@@ -10,7 +10,7 @@ make a sum of cosines of the distance, which is fitted to the teacher's. The con
 pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
 
 The teacher's special tokens are nearly one channel alone. The student's keep a pattern of equal channels from layer to layer,
-and what reads them is changed to see the teacher's.
+and attention is changed to see the teacher's in them, MLPs to see nothing.
 
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
@@ -28,7 +28,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
 from scipy.sparse import csr_array
-from student import GAIN, MARKS, OWN, RARE, Layer, Student, standing, turns
+from student import CARRYING, GAIN, MARKS, OWN, RARE, Layer, Student, standing, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ _ITERATIONS = 12  # of conjugate gradients
 _FLOOR = 0.01  # of variance that every direction is taken to have, in units of the mean square
 _LOOK = 14.0  # attention score by which most tokens prefer the closing one where the first one pools
 _SLOW = 8  # pairs of channels from this one on hardly turn within a text
+_SILENT = -5.0  # what GELU makes nothing of
 _SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
 _HELD_OUT = 8  # one in so many lessons
 
@@ -118,11 +119,13 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         round_off(layer.attention["qkv_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
+        pattern = standing(layer.attn_ln.bias[GAIN], layer.attn_ln.weight[GAIN], len(output.weight))
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            fit.add(states["mixed"], sums, before, spans, marked(mine), layer.attn_ln)
+            which, tokens = marked(mine).nonzero().unbind(1)
+            fit.add(states["mixed"], sums, before, spans, tokens, pattern[which])
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -132,10 +135,10 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             values.copy_(new)
         for _, _, _, states in lessons:
             states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
-        read_marks_as_the_teacher(layer.mlp["up_gate_proj"], lessons)
+        silence_marks(layer.mlp["up_gate_proj"], lessons)
         round_off(layer.mlp["up_gate_proj"])
         fit = Fit(down)
-        for mine, its, spans, states in lessons:
+        for _, its, spans, states in lessons:
             state = states["teacher"]
             for there in range(old, following):  # the layers that the student lacks come at once
                 if there > old:
@@ -144,7 +147,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
                 state = teacher.norm(before, f"l{there}.oln")
             read = layer.neurons(states["hidden"])
             sums = states["hidden"] + down(read)
-            fit.add(read, sums, before, spans, marked(mine), layer.mlp_ln)
+            fit.add(read, sums, before, spans)
             states["teacher"] = state
         fit.solve()
         round_off(down)
@@ -243,6 +246,18 @@ def read_marks_as_the_teacher(linear: nn.Linear, lessons: Sequence[Lesson]) -> N
     """Let a projection see in the student's special tokens what it would see in the teacher's."""
     marks, instead, others = mark_states(lessons)
     tell_apart(linear, marks, functional.linear(instead - marks, linear.weight), others)
+
+
+def silence_marks(up_gate: nn.Linear, lessons: Sequence[Lesson]) -> None:
+    """Let the neurons of an MLP not answer to special tokens, those aside that carry rarity.
+
+    The teacher's answer with a few huge ones, which 8 bits for a token cannot hold together with the others.
+    """
+    marks, _, others = mark_states(lessons)
+    gate = slice(len(up_gate.weight) // 2, -CARRYING)
+    change = torch.zeros(len(marks), len(up_gate.weight))
+    change[:, gate] = _SILENT - functional.linear(marks, up_gate.weight[gate])
+    tell_apart(up_gate, marks, change, others)
 
 
 def tell_apart(linear: nn.Linear, marks: Tensor, change: Tensor, others: Tensor) -> None:
@@ -376,7 +391,13 @@ class Fit:
         self.calls = 0
 
     def add(
-        self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans, marked: Tensor, following: nn.LayerNorm
+        self,
+        read: Tensor,
+        sums: Tensor,
+        before: Tensor,
+        spans: Spans,
+        tokens: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
         """Take tokens in.
 
@@ -385,15 +406,18 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
-            marked: Which tokens are special, (2, tokens); they should keep their pattern instead.
-            following: The LayerNorm that reads the sums; its parameters for `GAIN` are their usual mean and deviation.
+            tokens: More of the tokens, which are in no span.
+            wanted: The sums that they should have, (few, C).
         """
-        which, tokens = marked.nonzero().unbind(1)
-        pattern = standing(following.bias[GAIN], following.weight[GAIN], sums.shape[1])[which]
-        wanted = torch.cat([spans.mean(before, spans.teacher), pattern])
-        error = wanted - torch.cat([spans.mean(sums, spans.student), sums[tokens]])
+        inputs, error = (
+            spans.mean(read, spans.student),
+            spans.mean(before, spans.teacher) - spans.mean(sums, spans.student),
+        )
+        if tokens is not None and wanted is not None:
+            inputs = torch.cat([inputs, read[tokens]])
+            error = torch.cat([error, wanted - sums[tokens]])
         error[:, OWN] = 0
-        self.add_rows(torch.cat([spans.mean(read, spans.student), read[tokens]]), error)
+        self.add_rows(inputs, error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:
         """Take rows in: what is read, and what is missing from the output."""
