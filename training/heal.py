@@ -9,8 +9,8 @@ here has some pairs of channels that turn fast and are given nothing to read: th
 make a sum of cosines of the distance, which is fitted to the teacher's. The content of queries and keys moves into the other
 pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
 
-The teacher's special tokens are nearly one channel alone. The student's keep a pattern of equal channels from layer to layer,
-and attention is changed to see the teacher's in them, MLPs to see nothing.
+The student's special tokens are nothing but a channel of their own in every layer. Attention is changed to see the teacher's in
+them, MLPs to see nothing.
 
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
@@ -28,7 +28,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
 from scipy.sparse import csr_array
-from student import CARRYING, GAIN, MARKS, OWN, RARE, Layer, Student, standing, turns
+from student import CARRYING, GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, standing, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -181,6 +181,7 @@ def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
     size = width // layer.num_heads
     marks, instead, others = mark_states(lessons)
     instead[1] = others.mean(0)
+    instead[:, STANDING] = 0
     change = functional.linear(instead - marks, projection.weight)
     slow = torch.zeros(2, size // 2)
     slow[:, _SLOW:] = (_LOOK * size**0.5 / (size - 2 * _SLOW)) ** 0.5
