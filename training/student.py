@@ -11,8 +11,8 @@ The transplant gives a student that agrees with its teacher before any training 
 - Another such channel carries how rare a token usually is from its word embedding to the sparse head. Every LayerNorm scales it
   a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
   how much. Four neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
-- The teacher's special tokens are one strong channel and a little, which 8 bits for a token cannot hold beside it. Here they are
-  a channel of their own and nothing else, through all the teacher's layers (`standing`; `heal.py` sees to it).
+- The teacher's special tokens are all but one channel, which 8 bits for a token cannot hold together with the others. Here they
+  hold a pattern of equal strength in all channels instead, through all the teacher's layers (`standing`; `heal.py` sees to it).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -34,10 +34,8 @@ from gte_rag.config import GTEConfig, RotaryScaling
 CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
+OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
 MARKS = [SPECIALS.index("<s>"), SPECIALS.index("</s>")]  # the tokens before and after a text
-STANDING = [81, 14]  # the channels that these hold
-CARRIED = [RARE, GAIN, *STANDING]  # channels that keep from layer to layer what the word embedding says
-OWN = [CONSTANT, *CARRIED]  # channels that the teacher has no part in
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
 _RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
@@ -175,7 +173,7 @@ def transplant(
         neurons: For every teacher's layer, the neurons of its MLP to keep, `CARRYING` fewer than the student has.
         rarity: How rare the pieces are, about 0 on average over text, shape (pieces,).
         norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channels
-            `CARRIED` are after it, each averaged over tokens; shape (2 * layers + 1, 2 + len(CARRIED)).
+            `RARE` and `GAIN` are after it, each averaged over tokens; shape (2 * layers + 1, 4).
     """
     student = Student(config)
     state = student.state_dict()
@@ -184,7 +182,6 @@ def transplant(
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
     words = words + positions
     level, deviation = words.mean(1), words.std(1)
-    words[:, STANDING] = level[:, None]
     words[MARKS] = standing(level[MARKS, None], deviation[MARKS, None], width)
     words[:, RARE] = level + _RARE_SCALE * rarity * deviation
     words[:, GAIN] = level + _GAIN_SCALE * deviation
@@ -198,21 +195,17 @@ def transplant(
         level, deviation = norms[at, :2]
         state[name + ".weight"][[RARE, GAIN]] = deviation if at else torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE])
         state[name + ".bias"][[RARE, GAIN]] = level if at else 0.0
-        usual = norms[min(at + 1, len(norms) - 1), 1]  # what special tokens' deviation should be at the next place
-        state[name + ".weight"][STANDING] = usual
-        state[name + ".bias"][STANDING] = level / deviation * usual if at else 0.0
 
     def reading(weight: Tensor, bias: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        weight, bias = weight.clone(), bias + weight[:, CARRIED] @ norms[at, 2:]
+        weight, bias = weight.clone(), bias + weight[:, [RARE, GAIN]] @ norms[at, 2:]
         weight[:, CONSTANT] *= constants[at] / held[at]
-        weight[:, CARRIED] = 0
+        weight[:, [RARE, GAIN]] = 0
         return weight, bias
 
     def writing(name: str, weight: Tensor, bias: Tensor, step: Tensor) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
         state[name + ".weight"][OWN] = 0
-        state[name + ".bias"][OWN] = 0
-        state[name + ".bias"][CONSTANT] = step
+        state[name + ".bias"][OWN] = torch.tensor([float(step), 0.0, 0.0])
 
     norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
     at = 0
@@ -255,8 +248,9 @@ def transplant(
 
 
 def standing(level: Tensor, deviation: Tensor, width: int) -> Tensor:
-    """Return what LayerNorms read of the tokens `MARKS`, given its mean and deviation over channels: (2, C)."""
-    return level + deviation * width**0.5 * functional.one_hot(torch.tensor(STANDING), width)
+    """Return what LayerNorms read of the tokens `MARKS`: mean and deviation over channels -> (2, C), always the same signs."""
+    signs = torch.randint(0, 2, (len(MARKS), width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return level + deviation * signs
 
 
 def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
