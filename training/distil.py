@@ -170,7 +170,8 @@ class Run:
             value = value + 0.5 * loss
             sides.append(Side(states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
         scores, lexical = self.scores(*sides)
-        value = value + self.contrast(scores, lexical, sides[0].target, sides[1].target)
+        same = [pair.first_language for pair in pairs] == [pair.second_language for pair in pairs]
+        value = value + self.contrast(scores, lexical if same else None, sides[0].target, sides[1].target)
         return value, shares_found(scores[-1], lexical)
 
     def scores(self, questions: Side, passages: Side) -> tuple[list[Tensor], Tensor]:
@@ -178,14 +179,18 @@ class Run:
         dense = [unit(questions.vectors, size) @ unit(passages.vectors, size).T / _TEMPERATURE for size in DIMENSIONS]
         return dense, self.scale.exp() * questions.weights @ passages.weights.T
 
-    def contrast(self, dense: Sequence[Tensor], lexical: Tensor, questions: Tensor, passages: Tensor) -> Tensor:
-        """Return the loss of scores, given the targets of the questions and of their passages."""
-        wanted = torch.arange(len(lexical), device=self.device)
+    def contrast(self, dense: Sequence[Tensor], lexical: Tensor | None, questions: Tensor, passages: Tensor) -> Tensor:
+        """Return the loss of scores, given the targets of the questions and of their passages.
+
+        `lexical` is None for translations: the few tokens that both languages share would be taken for the important ones.
+        """
+        wanted = torch.arange(len(questions), device=self.device)
         whole = questions.shape[1]
         teacher = unit(questions, whole) @ unit(passages, whole).T / _TEMPERATURE
-        value = (
-            0.5 * _SPARSE * (functional.cross_entropy(lexical, wanted) + functional.cross_entropy(lexical.T, wanted))
-        )
+        value = torch.zeros((), device=self.device)
+        if lexical is not None:
+            found = functional.cross_entropy(lexical, wanted) + functional.cross_entropy(lexical.T, wanted)
+            value = 0.5 * _SPARSE * found
         for scores, weight in zip(dense, DIMENSIONS.values(), strict=True):
             value = value + weight * _CONTRAST * functional.cross_entropy(scores, wanted)
             value = value + weight * _SIMILARITY * divergence(scores, teacher)

@@ -107,7 +107,9 @@ class Finish:
             if len(examples) == 2:
                 sides.append(self.side(example, states))
         if sides:
-            value = value + self.run.contrast(*self.run.scores(*sides), sides[0].target, sides[1].target)
+            dense, lexical = self.run.scores(*sides)
+            same = examples[0].languages == examples[1].languages
+            value = value + self.run.contrast(dense, lexical if same else None, sides[0].target, sides[1].target)
         return value
 
     def solve(self, examples: Sequence[Sequence[Example]]) -> None:

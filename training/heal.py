@@ -118,13 +118,16 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         place_positions(layer, kernels, some, student.frequencies)
         shut_marks_off(layer, lessons)
         round_off(layer.attention["qkv_proj"])
+        round_off(layer.mlp["up_gate_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
+        pattern = standing(layer.attn_ln.bias[GAIN], layer.attn_ln.weight[GAIN], len(output.weight))
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            fit.add(states["mixed"], sums, before, spans, marked(mine), layer.attn_ln)
+            which, tokens = marked(mine).nonzero().unbind(1)
+            fit.add(states["mixed"], sums, before, spans, tokens, pattern[which])
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -132,11 +135,9 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
             new[OWN] = values[OWN]
             values.copy_(new)
-        for _, _, _, states in lessons:
-            states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
-        round_off(layer.mlp["up_gate_proj"])
         fit = Fit(down)
-        for mine, its, spans, states in lessons:
+        for _, its, spans, states in lessons:
+            states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
             state = states["teacher"]
             for there in range(old, following):  # the layers that the student lacks come at once
                 if there > old:
@@ -145,7 +146,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
                 state = teacher.norm(before, f"l{there}.oln")
             read = layer.neurons(states["hidden"])
             sums = states["hidden"] + down(read)
-            fit.add(read, sums, before, spans, marked(mine), layer.mlp_ln)
+            fit.add(read, sums, before, spans)
             states["teacher"] = state
         fit.solve()
         round_off(down)
@@ -163,7 +164,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
 
 @torch.inference_mode()
 def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
-    """Let the first token look at all ordinary tokens alike, and these only at the closing one.
+    """Let the first token look at all tokens alike, and the ordinary ones only at the closing one.
 
     That one says nothing: its value is the mean, which the output projection makes zero. So what the sparse head reads of a
     token is not mixed with anything.
@@ -180,16 +181,12 @@ def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
     marks, instead, others = mark_states(lessons)
     instead[1] = others.mean(0)
     change = functional.linear(instead - marks, projection.weight)
-    slow = torch.zeros(
-        2, 2, size // 2
-    )  # two sets of channels: one to look at the closing token, one to look away from both
-    strength = (_LOOK * size**0.5 / (size // 2 - _SLOW)) ** 0.5
-    slow[0, 0, _SLOW:] = slow[1, 1, _SLOW:] = strength
-    to, away = slow.view(2, size).repeat(1, layer.num_heads)
-    queries, keys = slice(width), slice(width, 2 * width)
-    projection.bias[queries] += to
-    change[0, queries], change[:, keys] = -to - away, away
-    change[1, keys] += to
+    slow = torch.zeros(2, size // 2)
+    slow[:, _SLOW:] = (_LOOK * size**0.5 / (size - 2 * _SLOW)) ** 0.5
+    slow = slow.flatten().repeat(layer.num_heads)
+    projection.bias[:width] += slow
+    change[0, :width] = -slow  # but not the first token's queries
+    change[1, width : 2 * width] = slow
     tell_apart(projection, marks, change, others)
 
 
@@ -402,7 +399,13 @@ class Fit:
         self.calls = 0
 
     def add(
-        self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans, marked: Tensor, following: nn.LayerNorm
+        self,
+        read: Tensor,
+        sums: Tensor,
+        before: Tensor,
+        spans: Spans,
+        tokens: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
         """Take tokens in.
 
@@ -411,15 +414,18 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
-            marked: Which tokens are special, (2, tokens); they should keep their pattern instead.
-            following: The LayerNorm that reads the sums; its parameters for `GAIN` are their usual mean and deviation.
+            tokens: More of the tokens, which are in no span.
+            wanted: The sums that they should have, (few, C).
         """
-        which, tokens = marked.nonzero().unbind(1)
-        pattern = standing(following.bias[GAIN], following.weight[GAIN], sums.shape[1])[which]
-        wanted = torch.cat([spans.mean(before, spans.teacher), pattern])
-        error = wanted - torch.cat([spans.mean(sums, spans.student), sums[tokens]])
+        inputs, error = (
+            spans.mean(read, spans.student),
+            spans.mean(before, spans.teacher) - spans.mean(sums, spans.student),
+        )
+        if tokens is not None and wanted is not None:
+            inputs = torch.cat([inputs, read[tokens]])
+            error = torch.cat([error, wanted - sums[tokens]])
         error[:, OWN] = 0
-        self.add_rows(torch.cat([spans.mean(read, spans.student), read[tokens]]), error)
+        self.add_rows(inputs, error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:
         """Take rows in: what is read, and what is missing from the output."""
