@@ -9,8 +9,8 @@ here has some pairs of channels that turn fast and are given nothing to read: th
 make a sum of cosines of the distance, which is fitted to the teacher's. The content of queries and keys moves into the other
 pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
 
-The teacher's special tokens are nearly one channel alone. The student's keep a pattern of equal channels from layer to layer:
-others see the teacher's in them, and they look at nothing but themselves.
+The teacher's special tokens are one channel and little else. The student's are marked words that look only at themselves, and
+others see the teacher's in them.
 
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
@@ -28,7 +28,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
 from scipy.sparse import csr_array
-from student import GAIN, MARKS, OWN, RARE, Layer, Student, standing, turns
+from student import GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -121,13 +121,11 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         round_off(layer.mlp["up_gate_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
-        pattern = standing(layer.attn_ln.bias[GAIN], layer.attn_ln.weight[GAIN], len(output.weight))
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            which, tokens = marked(mine).nonzero().unbind(1)
-            fit.add(states["mixed"], sums, before, spans, tokens, pattern[which])
+            fit.add(states["mixed"], sums, before, spans)
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -180,6 +178,7 @@ def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
     size = width // layer.num_heads
     marks, instead, others = mark_states(lessons)
     instead[1] = others.mean(0)
+    instead[:, STANDING] = 0
     change = functional.linear(instead - marks, projection.weight)
     slow = torch.zeros(2, size // 2)
     slow[:, _SLOW:] = (_LOOK * size**0.5 / (size - 2 * _SLOW)) ** 0.5
@@ -398,15 +397,7 @@ class Fit:
         self.moments = torch.zeros(2, size, len(linear.weight))
         self.calls = 0
 
-    def add(
-        self,
-        read: Tensor,
-        sums: Tensor,
-        before: Tensor,
-        spans: Spans,
-        tokens: Tensor | None = None,
-        wanted: Tensor | None = None,
-    ) -> None:
+    def add(self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans) -> None:
         """Take tokens in.
 
         Args:
@@ -414,18 +405,10 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
-            tokens: More of the tokens, which are in no span.
-            wanted: The sums that they should have, (few, C).
         """
-        inputs, error = (
-            spans.mean(read, spans.student),
-            spans.mean(before, spans.teacher) - spans.mean(sums, spans.student),
-        )
-        if tokens is not None and wanted is not None:
-            inputs = torch.cat([inputs, read[tokens]])
-            error = torch.cat([error, wanted - sums[tokens]])
+        error = spans.mean(before, spans.teacher) - spans.mean(sums, spans.student)
         error[:, OWN] = 0
-        self.add_rows(inputs, error)
+        self.add_rows(spans.mean(read, spans.student), error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:
         """Take rows in: what is read, and what is missing from the output."""

@@ -24,7 +24,7 @@ from alignment import common
 from batch import Batch
 from heal import Lesson, heal, heal_pooling, heal_words, place_pooling
 from mixture import Texts, seeded
-from student import CARRYING, CONSTANT, GAIN, RARE, config_from, transplant
+from student import CARRIED, CARRYING, CONSTANT, config_from, transplant
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -111,7 +111,7 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: 
     def look(before: Tensor, after: Tensor) -> Tensor:
         constants.append(after[:, CONSTANT].mean())
         usual = 1 / before.std(1).reciprocal().mean()
-        norms.append(torch.stack([before.mean(1).mean(), usual, after[:, RARE].mean(), after[:, GAIN].mean()]))
+        norms.append(torch.stack([before.mean(1).mean(), usual, *after[:, CARRIED].mean(0)]))
         return after
 
     look(hidden, hidden)

@@ -11,8 +11,9 @@ The transplant gives a student that agrees with its teacher before any training 
 - Another such channel carries how rare a token usually is from its word embedding to the sparse head. Every LayerNorm scales it
   a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
   how much. Four neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
-- The teacher's special tokens are all but one channel, which 8 bits for a token cannot hold together with the others. Here they
-  hold a pattern of equal strength in all channels instead, through all the teacher's layers (`standing`; `heal.py` sees to it).
+- The teacher's special tokens are one strong channel and a little that 8 bits for a token cannot hold beside it. Here they are
+  an average word that looks only at itself, and a mark in a channel of its own (`STANDING`), by which others take them for the
+  teacher's (`heal.read_marks_as_the_teacher`).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -34,13 +35,17 @@ from gte_rag.config import GTEConfig, RotaryScaling
 CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
-OWN = [CONSTANT, RARE, GAIN]  # channels that the teacher has no part in
 MARKS = [SPECIALS.index("<s>"), SPECIALS.index("</s>")]  # the tokens before and after a text
+STANDING = [81, 14]  # the channels that mark them
+CARRIED = [RARE, GAIN, *STANDING]  # channels that keep from layer to layer what the word embedding says
+OWN = [CONSTANT, *CARRIED]  # channels that the teacher has no part in
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
 _RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
 _GAIN = 1.0  # what it is where nothing was scaled
+_MARK_SCALE = 8.0  # of a mark in a word embedding, beside the others' deviation
+_MARK_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _POOLED = 4.0  # the pooled vector's usual size in the pooling layer, beside that of the teacher's last states
 
 
@@ -173,7 +178,7 @@ def transplant(
         neurons: For every teacher's layer, the neurons of its MLP to keep, `CARRYING` fewer than the student has.
         rarity: How rare the pieces are, about 0 on average over text, shape (pieces,).
         norms: At the places of `constants`: mean and deviation over channels of what the LayerNorm reads, and what channels
-            `RARE` and `GAIN` are after it, each averaged over tokens; shape (2 * layers + 1, 4).
+            `CARRIED` are after it, each averaged over tokens; shape (2 * layers + 1, 2 + len(CARRIED)).
     """
     student = Student(config)
     state = student.state_dict()
@@ -181,8 +186,10 @@ def transplant(
     width = teacher.hidden_size
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
     words = words + positions
+    words[MARKS] = words[len(SPECIALS) :].mean(0)
     level, deviation = words.mean(1), words.std(1)
-    words[MARKS] = standing(level[MARKS, None], deviation[MARKS, None], width)
+    words[:, STANDING] = level[:, None]
+    words[MARKS, STANDING] += _MARK_SCALE * deviation[MARKS]
     words[:, RARE] = level + _RARE_SCALE * rarity * deviation
     words[:, GAIN] = level + _GAIN_SCALE * deviation
     state["word_embeddings.weight"] = words
@@ -193,19 +200,21 @@ def transplant(
         state[name + ".weight"][CONSTANT] = 0
         state[name + ".bias"][CONSTANT] = held[at]
         level, deviation = norms[at, :2]
-        state[name + ".weight"][[RARE, GAIN]] = deviation if at else torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE])
-        state[name + ".bias"][[RARE, GAIN]] = level if at else 0.0
+        first = torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE, _MARK_WEIGHT, _MARK_WEIGHT])
+        state[name + ".weight"][CARRIED] = deviation if at else first
+        state[name + ".bias"][CARRIED] = level if at else 0.0
 
     def reading(weight: Tensor, bias: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        weight, bias = weight.clone(), bias + weight[:, [RARE, GAIN]] @ norms[at, 2:]
+        weight, bias = weight.clone(), bias + weight[:, CARRIED] @ norms[at, 2:]
         weight[:, CONSTANT] *= constants[at] / held[at]
-        weight[:, [RARE, GAIN]] = 0
+        weight[:, CARRIED] = 0
         return weight, bias
 
     def writing(name: str, weight: Tensor, bias: Tensor, step: Tensor) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
         state[name + ".weight"][OWN] = 0
-        state[name + ".bias"][OWN] = torch.tensor([float(step), 0.0, 0.0])
+        state[name + ".bias"][OWN] = 0
+        state[name + ".bias"][CONSTANT] = step
 
     norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
     at = 0
@@ -245,12 +254,6 @@ def transplant(
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
     return student
-
-
-def standing(level: Tensor, deviation: Tensor, width: int) -> Tensor:
-    """Return what LayerNorms read of the tokens `MARKS`: mean and deviation over channels -> (2, C), always the same signs."""
-    signs = torch.randint(0, 2, (len(MARKS), width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    return level + deviation * signs
 
 
 def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
