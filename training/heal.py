@@ -9,8 +9,8 @@ here has some pairs of channels that turn fast and are given nothing to read: th
 make a sum of cosines of the distance, which is fitted to the teacher's. The content of queries and keys moves into the other
 pairs, the strongest into the slowest: of its products with the keys, 24 of 32 channels keep 98 % or more.
 
-The teacher's special tokens are one channel and little else. The student's are marked words that look only at themselves, and
-others see the teacher's in them.
+The student's special tokens are a pattern in channels of their own and nothing else, in every layer. Attention is changed to
+see the teacher's in them, MLPs to see nothing.
 
 Then the output projection of the attention, and that of the MLP, are solved for (ridge regression) so that the layer's sums
 come out as the teacher's do on real text. A layer that the student lacks is made good by the MLP before it in the same way.
@@ -28,7 +28,7 @@ from alignment import Spans, common
 from batch import Batch
 from grid import EMBEDDING_STEPS, STEPS, coarse
 from scipy.sparse import csr_array
-from student import GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, turns
+from student import CARRYING, GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, standing, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ _ITERATIONS = 12  # of conjugate gradients
 _FLOOR = 0.01  # of variance that every direction is taken to have, in units of the mean square
 _LOOK = 14.0  # attention score by which most tokens prefer the closing one where the first one pools
 _SLOW = 8  # pairs of channels from this one on hardly turn within a text
-_SEEN = 20_000  # tokens that are enough to tell what keys are like
+_SILENT = -5.0  # what GELU makes nothing of
 _SOME = 16  # lessons that are enough to tell which channels of queries and keys matter
 _HELD_OUT = 8  # one in so many lessons
 
@@ -116,16 +116,16 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
         read_marks_as_the_teacher(layer.attention["qkv_proj"], lessons)
         some = torch.cat([lesson.states["hidden"] for lesson in lessons[:_SOME]])
         place_positions(layer, kernels, some, student.frequencies)
-        shut_marks_off(layer, lessons)
         round_off(layer.attention["qkv_proj"])
-        round_off(layer.mlp["up_gate_proj"])
         output, down = layer.attention["o_proj"], layer.mlp["down_proj"]
         fit = Fit(output)
+        pattern = standing(layer.attn_ln.bias[GAIN], layer.attn_ln.weight[GAIN], len(output.weight))
         for mine, its, spans, states in lessons:
             states["mixed"] = mix(layer, states["hidden"], mine, student.frequencies)
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
-            fit.add(states["mixed"], sums, before, spans)
+            which, tokens = marked(mine).nonzero().unbind(1)
+            fit.add(states["mixed"], sums, before, spans, tokens, pattern[which])
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -133,9 +133,12 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             new = teacher.weights[f"l{following - 1}.oln.{kind}"].clone()
             new[OWN] = values[OWN]
             values.copy_(new)
+        for _, _, _, states in lessons:
+            states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
+        silence_marks(layer.mlp["up_gate_proj"], lessons)
+        round_off(layer.mlp["up_gate_proj"])
         fit = Fit(down)
         for _, its, spans, states in lessons:
-            states["hidden"] = layer.attn_ln(states["hidden"] + output(states.pop("mixed")))
             state = states["teacher"]
             for there in range(old, following):  # the layers that the student lacks come at once
                 if there > old:
@@ -162,7 +165,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
 
 @torch.inference_mode()
 def place_pooling(student: Student, lessons: Sequence[Lesson]) -> None:
-    """Let the first token look at all tokens alike, and the ordinary ones only at the closing one.
+    """Let the first token look at all tokens alike, and all others only at the closing one.
 
     That one says nothing: its value is the mean, which the output projection makes zero. So what the sparse head reads of a
     token is not mixed with anything.
@@ -246,24 +249,16 @@ def read_marks_as_the_teacher(linear: nn.Linear, lessons: Sequence[Lesson]) -> N
     tell_apart(linear, marks, functional.linear(instead - marks, linear.weight), others)
 
 
-def shut_marks_off(layer: Layer, lessons: Sequence[Lesson]) -> None:
-    """Let special tokens look at themselves only, so that they are the same in every text."""
-    projection = layer.attention["qkv_proj"]
-    width = projection.weight.shape[1]
-    size = width // layer.num_heads
+def silence_marks(up_gate: nn.Linear, lessons: Sequence[Lesson]) -> None:
+    """Let the neurons of an MLP not answer to special tokens, those aside that carry rarity.
+
+    The teacher's answer with a few huge ones, which 8 bits for a token cannot hold together with the others.
+    """
     marks, _, others = mark_states(lessons)
-    sample = others[:: max(1, len(others) // _SEEN)]
-    weight, bias = projection.weight[width : 2 * width], projection.bias[width : 2 * width]
-    keys, own = (functional.linear(x, weight, bias).view(len(x), layer.num_heads, size) for x in (sample, marks))
-    change = torch.zeros(len(marks), 3 * width)
-    change[:, :width] = -functional.linear(marks, projection.weight[:width], projection.bias[:width])
-    for head in range(layer.num_heads):
-        mean, apart = keys[:, head].mean(0), own[:, head].mean(0) - keys[:, head].mean(0)
-        spread = (keys[:, head] - mean).T @ (keys[:, head] - mean) / len(keys)
-        spread += 10 * _FLOOR * spread.diagonal().mean() * torch.eye(size)
-        look = torch.linalg.solve(spread, apart)
-        change[:, head * size : (head + 1) * size] += look * (_LOOK * size**0.5 / (look @ apart))
-    tell_apart(projection, marks, change, others)
+    gate = slice(len(up_gate.weight) // 2, -CARRYING)
+    change = torch.zeros(len(marks), len(up_gate.weight))
+    change[:, gate] = _SILENT - functional.linear(marks, up_gate.weight[gate])
+    tell_apart(up_gate, marks, change, others)
 
 
 def tell_apart(linear: nn.Linear, marks: Tensor, change: Tensor, others: Tensor) -> None:
@@ -397,7 +392,15 @@ class Fit:
         self.moments = torch.zeros(2, size, len(linear.weight))
         self.calls = 0
 
-    def add(self, read: Tensor, sums: Tensor, before: Tensor, spans: Spans) -> None:
+    def add(
+        self,
+        read: Tensor,
+        sums: Tensor,
+        before: Tensor,
+        spans: Spans,
+        tokens: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> None:
         """Take tokens in.
 
         Args:
@@ -405,10 +408,18 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
+            tokens: More of the tokens, which are in no span.
+            wanted: The sums that they should have, (few, C).
         """
-        error = spans.mean(before, spans.teacher) - spans.mean(sums, spans.student)
+        inputs, error = (
+            spans.mean(read, spans.student),
+            spans.mean(before, spans.teacher) - spans.mean(sums, spans.student),
+        )
+        if tokens is not None and wanted is not None:
+            inputs = torch.cat([inputs, read[tokens]])
+            error = torch.cat([error, wanted - sums[tokens]])
         error[:, OWN] = 0
-        self.add_rows(spans.mean(read, spans.student), error)
+        self.add_rows(inputs, error)
 
     def add_rows(self, read: Tensor, error: Tensor) -> None:
         """Take rows in: what is read, and what is missing from the output."""

@@ -12,8 +12,7 @@ The transplant gives a student that agrees with its teacher before any training 
   a little differently for every token, so a third channel starts at the same value everywhere and is scaled alike: it tells by
   how much. Four neurons of every MLP multiply with the other branch of the gated MLP, and undo it (`carrying_neurons`).
 - The teacher's special tokens are one strong channel and a little that 8 bits for a token cannot hold beside it. Here they are
-  an average word that looks only at itself, and a mark in a channel of its own (`STANDING`), by which others take them for the
-  teacher's (`heal.read_marks_as_the_teacher`).
+  a pattern in channels of their own and nothing else, through all the teacher's layers (`standing`; `heal.py` sees to it).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
   vector, leading dimensions first.
@@ -36,7 +35,7 @@ CONSTANT = 210  # the channel that is held constant
 RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
 MARKS = [SPECIALS.index("<s>"), SPECIALS.index("</s>")]  # the tokens before and after a text
-STANDING = [81, 14]  # the channels that mark them
+STANDING = [81, 371, 14, 148, 191, 122, 124, 383]  # the channels that these hold
 CARRIED = [RARE, GAIN, *STANDING]  # channels that keep from layer to layer what the word embedding says
 OWN = [CONSTANT, *CARRIED]  # channels that the teacher has no part in
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
@@ -44,8 +43,6 @@ _RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, b
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
 _GAIN = 1.0  # what it is where nothing was scaled
-_MARK_SCALE = 8.0  # of a mark in a word embedding, beside the others' deviation
-_MARK_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _POOLED = 4.0  # the pooled vector's usual size in the pooling layer, beside that of the teacher's last states
 
 
@@ -186,10 +183,9 @@ def transplant(
     width = teacher.hidden_size
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
     words = words + positions
-    words[MARKS] = words[len(SPECIALS) :].mean(0)
     level, deviation = words.mean(1), words.std(1)
     words[:, STANDING] = level[:, None]
-    words[MARKS, STANDING] += _MARK_SCALE * deviation[MARKS]
+    words[MARKS] = standing(level[MARKS, None], deviation[MARKS, None], width)
     words[:, RARE] = level + _RARE_SCALE * rarity * deviation
     words[:, GAIN] = level + _GAIN_SCALE * deviation
     state["word_embeddings.weight"] = words
@@ -200,9 +196,11 @@ def transplant(
         state[name + ".weight"][CONSTANT] = 0
         state[name + ".bias"][CONSTANT] = held[at]
         level, deviation = norms[at, :2]
-        first = torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE, _MARK_WEIGHT, _MARK_WEIGHT])
-        state[name + ".weight"][CARRIED] = deviation if at else first
-        state[name + ".bias"][CARRIED] = level if at else 0.0
+        state[name + ".weight"][[RARE, GAIN]] = deviation if at else torch.tensor([_RARE_WEIGHT, _GAIN / _GAIN_SCALE])
+        state[name + ".bias"][[RARE, GAIN]] = level if at else 0.0
+        usual = norms[min(at + 1, len(norms) - 1), 1]  # what special tokens' deviation should be at the next place
+        state[name + ".weight"][STANDING] = usual
+        state[name + ".bias"][STANDING] = level / deviation * usual if at else 0.0
 
     def reading(weight: Tensor, bias: Tensor, at: int) -> tuple[Tensor, Tensor]:
         weight, bias = weight.clone(), bias + weight[:, CARRIED] @ norms[at, 2:]
@@ -254,6 +252,14 @@ def transplant(
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
     return student
+
+
+def standing(level: Tensor, deviation: Tensor, width: int) -> Tensor:
+    """Return what LayerNorms read of the tokens `MARKS`, given its mean and deviation over channels: (2, C)."""
+    signs = torch.zeros(len(MARKS), width)
+    signs[:, STANDING] = 1.0
+    signs[1, STANDING[::2]] = -1.0  # orthogonal
+    return level + deviation * (width / len(STANDING)) ** 0.5 * signs
 
 
 def carrying_neurons(constant: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
