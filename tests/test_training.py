@@ -211,7 +211,7 @@ def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_cha
     for hidden in states[:3]:
         held = hidden[special][:, STANDING]
         assert held.square().sum(1).div(hidden[special].square().sum(1)).min() > 0.7  # of an ordinary token: about 0.02
-        assert hidden[~special][:, STANDING].abs().max() < 0.05 * held.abs().min()
+        assert hidden[~special][:, STANDING].abs().max() < 0.1 * held.abs().min()
     place_pooling(student, lessons)
     pooling = student.layers[3]
     with torch.inference_mode():
