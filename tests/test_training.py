@@ -204,9 +204,8 @@ def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_cha
     assert missed[-1] < 0.5
     with torch.inference_mode():
         states = student(batch)
-    assert (
-        torch.corrcoef(torch.stack([states[2][:, RARE], rarity[batch.ids]]))[0, 1] > 0.95
-    )  # untouched channels: about 0
+    carried = states[2][:, RARE]
+    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.95  # untouched channels: about 0
     special = batch.ids < 4
     for hidden in states[:3]:
         held = hidden[special][:, STANDING]

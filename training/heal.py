@@ -125,7 +125,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
             before = teacher.attended(states["teacher"], old, its)
             sums = states["hidden"] + output(states["mixed"])
             which, tokens = marked(mine).nonzero().unbind(1)
-            fit.add(states["mixed"], sums, before, spans, tokens, pattern[which])
+            fit.add(states["mixed"], sums, before, spans, (tokens, pattern[which]))
             states["teacher"] = teacher.norm(before, f"l{old}.aln")
         fit.solve()
         round_off(output)
@@ -210,7 +210,7 @@ def heal_pooling(
     pairs = list(zip(batches, hidden, strict=True))
     mixed = [mix(layer, states, batch, student.frequencies)[batch.first] for batch, states in pairs]
     own = [states[batch.first] for batch, states in pairs]
-    output.bias -= torch.cat([x + output(read) for x, read in zip(own, mixed, strict=True)]).mean(0)
+    output.bias -= torch.cat(own).mean(0) + output(torch.cat(mixed).mean(0))
     output.bias[[RARE, GAIN]] = 0
     fit = Fit(output)
     for read, x, target in zip(mixed, own, targets, strict=True):
@@ -398,8 +398,7 @@ class Fit:
         sums: Tensor,
         before: Tensor,
         spans: Spans,
-        tokens: Tensor | None = None,
-        wanted: Tensor | None = None,
+        more: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take tokens in.
 
@@ -408,14 +407,12 @@ class Fit:
             sums: Its output and what that is added to, (tokens, C).
             before: The teacher's sums, (the teacher's tokens, C).
             spans: Which tokens belong together.
-            tokens: More of the tokens, which are in no span.
-            wanted: The sums that they should have, (few, C).
+            more: Some of the tokens that are in no span, and the sums that they should have, (few,) and (few, C).
         """
-        inputs, error = (
-            spans.mean(read, spans.student),
-            spans.mean(before, spans.teacher) - spans.mean(sums, spans.student),
-        )
-        if tokens is not None and wanted is not None:
+        inputs = spans.mean(read, spans.student)
+        error = spans.mean(before, spans.teacher) - spans.mean(sums, spans.student)
+        if more is not None:
+            tokens, wanted = more
             inputs = torch.cat([inputs, read[tokens]])
             error = torch.cat([error, wanted - sums[tokens]])
         error[:, OWN] = 0

@@ -15,7 +15,7 @@ The transplant gives a student that agrees with its teacher before any training 
   a pattern in channels of their own and nothing else, through all the teacher's layers (`standing`; `heal.py` sees to it).
 - One layer follows that pools: near-uniform attention, whose output projection subtracts the mean vector and turns to the
   damped principal components of the teacher's vectors (`prepare.target_projection`). So the first token holds the mean-pooled
-  vector, leading dimensions first.
+  vector, leading dimensions first. Other tokens look at nothing of the text there (`heal.place_pooling`).
 """
 
 from __future__ import annotations
