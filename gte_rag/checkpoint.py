@@ -67,6 +67,7 @@ _FETCH_ERRORS = cast(
     "tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, OSError)
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BYTE = torch.float8_e4m3fn  # a weight may be kept in it as a plain number; its values are all float16 values
 _SAVED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A checkpoint may come from a stranger. Real files are a tenth of these sizes; reading takes a multiple of them in memory.
 _LARGEST_FILES = {"tokenizer.json": 256 * 2**20}
@@ -91,7 +92,7 @@ class Checkpoint:
         tokenizer: The tokenizer, without padding or truncation.
         special_ids: Ids of the cls, bos, eos, sep, pad and unk tokens; they never carry sparse weight.
         prompts: Text put before queries and documents: ``{"query": …, "document": …}``.
-        weights: Parameters of `GTEModel` by name, in the file's dtype.
+        weights: Parameters of `GTEModel` by name, in the file's dtype; those of 8 bits in the file are float16.
         sparse_head: Weight (1, C) and bias (1,) of the sparse head, or None.
         without_head: Why there is no sparse head, in words for an error message; empty when there is one.
         rerank_head: Weight (C, C) and bias (C,) of the pooler, weight (1, C) and bias (1,) of the classifier of a reranker,
@@ -262,6 +263,7 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
+    bytes_where_exact: bool = False,
 ) -> None:
     """Write a checkpoint in the native layout, which `transformers` and `sentence-transformers` load without remote code.
 
@@ -273,6 +275,8 @@ def save_checkpoint(
         dtype: Dtype of the weights in the file; None keeps each as it is.
         max_shard_bytes: Spread the weights over several files, each with at most so many bytes of them; a larger parameter gets
             a file of its own. None: one file.
+        bytes_where_exact: Write a matrix as float8_e4m3fn if that holds every value of it as it is. Readers, `transformers`
+            among them, bring it to the dtype of the others.
 
     Raises:
         ValueError: The folder is not empty, the dtype is too narrow for a weight, or the native layout cannot express the
@@ -290,6 +294,8 @@ def save_checkpoint(
         if not _is_finite(tensor):
             raise ValueError(f"{key} has values that {tensor.dtype} cannot hold; save as float32 or bfloat16")
     raw["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if bytes_where_exact:
+        tensors = {key: _in_bytes(tensor) for key, tensor in tensors.items()}
     files: dict[str, Any] = {"config.json": raw}
     if not checkpoint.rerank_head:  # a reranker makes no vectors: sentence-transformers must not take it for an encoder
         files |= _sentence_transformers_files(checkpoint)
@@ -307,6 +313,12 @@ def save_checkpoint(
         if target.exists():
             target.rmdir()  # checked above: empty
         draft.rename(target)
+
+
+def _in_bytes(tensor: Tensor) -> Tensor:
+    """Return a matrix in 8 bits if they hold every value; anything else as it is."""
+    narrow = tensor.to(_BYTE) if tensor.ndim == 2 else tensor
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int | None) -> None:
@@ -539,9 +551,12 @@ def _bring_to_model_names(
             name = re.sub(pattern, replacement, name)
         if name in renamed:
             raise CheckpointError(f"{folder}: the weights hold {name!r} twice, under different prefixes")
+        if tensor.dtype == _BYTE:
+            tensor = tensor.to(torch.float16)
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{folder}: {key} is {tensor.dtype}; floating-point weights of 16, 32 or 64 bits are supported"
+                f"{folder}: {key} is {tensor.dtype}; floating-point weights of 16, 32 or 64 bits, and float8_e4m3fn, are "
+                "supported"
             )
         renamed[name] = tensor
     for layer in range(config.num_layers):

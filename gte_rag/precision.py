@@ -152,6 +152,21 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return levels.view(torch.uint8).bitwise_xor_(_ZERO), size
 
 
+def level_sizes(weight: Tensor) -> Tensor:
+    """Return the size of a level in each row of a matrix: a power of two if the row is then exact, else as small as can be.
+
+    Args:
+        weight: float32, shape (out, in).
+
+    Returns:
+        float32, shape (out,).
+    """
+    smallest = weight.abs().amax(dim=1).clamp_(min=1e-30).div_(_LEVELS)
+    power = smallest.log2().ceil_().exp2_()
+    levels = weight / power[:, None]
+    return torch.where((levels == levels.round()).all(dim=1), power, smallest)
+
+
 class Int8Linear(nn.Module):
     """`Linear` with 8-bit weights, a scale per output channel, and activations quantised per token."""
 
@@ -159,7 +174,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach()
-        self.scales = weight.abs().amax(dim=1).clamp_(min=1e-30).div_(_LEVELS)
+        self.scales = level_sizes(weight)
         levels = (weight / self.scales[:, None]).round_().to(torch.int8)
         self.packed: Tensor = _onednn.qlinear_prepack(levels, None)
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForTokenClassification
 
 import gte_rag.checkpoint
 from checkpoints import TEXTS, Variant, build, find_variant
@@ -254,7 +255,7 @@ _NORM = "encoder.layer.1.mlp_ln.bias"
         (lambda w: w[_WORDS].__setitem__((3, 3), float("inf")), "word_embeddings.weight holds NaN or infinite"),
         (lambda w: w["classifier.weight"].fill_(float("nan")), r"classifier\.weight holds NaN"),
         (lambda w: w.update({_WORDS: w[_WORDS].to(torch.int8)}), "word_embeddings.weight is torch.int8"),
-        (lambda w: w.update({_WORDS: w[_WORDS].to(torch.float8_e4m3fn)}), "word_embeddings.weight is torch.float8"),
+        (lambda w: w.update({_WORDS: w[_WORDS].to(torch.float8_e5m2)}), "word_embeddings.weight is torch.float8"),
         (lambda w: w.update({f"new.{_NORM}": torch.zeros(64)}), r"'layers\.1\.mlp_ln\.bias' twice"),
         (lambda w: w.update({"classifier.weight": torch.zeros(2, 64)}), r"classifier\.weight has shape \(2, 64\)"),
         (lambda w: w.update({"classifier.bias": torch.zeros(2)}), r"classifier\.bias \(2,\); a sparse head has"),
@@ -511,6 +512,25 @@ def test_weights_can_be_spread_over_files_of_a_size(folder: Path, tmp_path: Path
     assert index["metadata"]["total_size"] == sum(map(sum, sizes))
     assert_same_vectors(load(tmp_path / "shards"), load(folder))
     assert load(tmp_path / "shards").fingerprint == load(folder).fingerprint
+
+
+def test_matrices_that_8_bits_hold_take_8_bits_and_are_the_same_everywhere(folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    words = "word_embeddings.weight"
+    weights = {name: tensor.half() for name, tensor in checkpoint.weights.items()}
+    weights[words] = (weights[words] * 16).round().clamp(-15, 15) / 16  # at most four significant bits
+    coarse = dataclasses.replace(checkpoint, weights=weights)
+    save_checkpoint(coarse, tmp_path / "whole", dtype=torch.float16)
+    save_checkpoint(coarse, tmp_path / "bytes", dtype=torch.float16, bytes_where_exact=True)
+    tensors = load_file(tmp_path / "bytes" / "model.safetensors")
+    assert [key for key, tensor in tensors.items() if tensor.dtype != torch.float16] == [f"gte.embeddings.{words}"]
+    assert tensors[f"gte.embeddings.{words}"].dtype == torch.float8_e4m3fn
+    assert load_checkpoint(tmp_path / "bytes").weights[words].dtype == torch.float16
+    assert_same_vectors(load(tmp_path / "bytes"), load(tmp_path / "whole"))
+    assert load(tmp_path / "bytes").fingerprint == load(tmp_path / "whole").fingerprint
+    theirs = AutoModelForTokenClassification.from_pretrained(tmp_path / "bytes")
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float16}
+    torch.testing.assert_close(theirs.get_input_embeddings().weight.data, weights[words], rtol=0, atol=0)
 
 
 def test_the_bundled_model_can_be_saved(encoder: GTEEncoder, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from checkpoints import LONG_TEXT, TEXTS, build, find_variant
 from gte_rag import GTEEncoder, precision
 from gte_rag.model import GTEModel, Linear, pair_channels, runs
-from gte_rag.precision import Int8Linear, quantise, resolve
+from gte_rag.precision import Int8Linear, level_sizes, quantise, resolve
 
 CPU = torch.device("cpu")
 SENTENCES = (
@@ -232,6 +232,18 @@ def test_the_8_bit_product_is_exact_on_levels() -> None:
         weight = (linear.weight / product.scales[:, None]).round() * product.scales[:, None]
         expected = ((levels.double() - 128) * size) @ weight.double().T + linear.bias + residual
         np.testing.assert_allclose(product(x, residual), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_of_whole_steps_of_a_power_of_two_lose_nothing_in_8_bits() -> None:
+    steps = torch.tensor([[127.0, -3.0, 0.0, 1.0], [5.0, 2.0, -1.0, 0.0], [130.0, 1.0, 0.0, 0.0], [0.3, 0.2, 0.1, 0.0]])
+    weight = steps * 2.0**-9
+    sizes = level_sizes(weight)
+    levels = (weight / sizes[:, None]).round()
+    assert levels.abs().max() <= 127
+    assert torch.equal((levels * sizes[:, None])[:2], weight[:2])
+    assert sizes[2] == weight[2, 0] / 127  # 130 whole steps do not fit
+    assert sizes[3] == weight[3, 0] / 127
+    assert bool((level_sizes(torch.zeros(1, 4)) > 0).all())
 
 
 def test_pairing_the_channels_keeps_the_scores() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from gte_rag import GTEEncoder
 from gte_rag.checkpoint import load_checkpoint
+from gte_rag.config import GTEConfig
 
 TRAINING = Path(__file__).parent.parent / "training"
 if not TRAINING.is_dir():
@@ -20,6 +21,7 @@ sys.path.insert(0, str(TRAINING))
 
 from alignment import common  # noqa: E402
 from batch import Batch  # noqa: E402
+from counting import place_counting, saturated_counts  # noqa: E402
 from distil import Run  # noqa: E402
 from finish import Finish  # noqa: E402
 from grid import STEPS, coarse, rounded  # noqa: E402
@@ -38,9 +40,11 @@ from prepare import statistics  # noqa: E402
 from student import (  # noqa: E402
     CARRYING,
     CONSTANT,
+    FIRST,
     GAIN,
     OWN,
     RARE,
+    RARE_SCALE,
     STANDING,
     Layer,
     Student,
@@ -169,29 +173,63 @@ def small_teacher(layers: int = 3, pieces: int = 60, width: int = 384) -> Teache
     return teacher
 
 
+RARITIES = torch.linspace(-0.5, 0.5, 60).index_fill(0, torch.arange(4), 0.0)
+
+
+def small_student(teacher: Teacher, config: GTEConfig, token_ids: list[list[int]]) -> Student:
+    """Return the teacher transplanted, one layer before its three and one after them."""
+    seen = statistics(teacher, token_ids, ["en"] * len(token_ids))
+    return transplant(
+        teacher,
+        teacher.weights["emb.word"],
+        [0, 1, 2],
+        dataclasses.replace(config, vocab_size=60, num_layers=5, intermediate_size=256, rope_theta=1e10),
+        seen["constants"],
+        torch.zeros(384),
+        torch.eye(384),
+        [torch.arange(256 - CARRYING)] * 3,
+        RARITIES,
+        seen["norms"],
+    )
+
+
+def test_the_first_layer_counts_and_leaves_everything_else_alone(encoder: GTEEncoder) -> None:
+    teacher = small_teacher()
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 60, (60,), generator=generator).tolist()
+    token_ids = [[0, *torch.randint(4, 60, (length,), generator=generator).tolist(), 2] for length in lengths]
+    student = small_student(teacher, encoder.config, token_ids)
+    batch = Batch(token_ids)
+    ordinary = batch.ids > 3
+    with torch.inference_mode():
+        before = student.embeddings_ln(student.word_embeddings(batch.ids))[ordinary]
+        told = place_counting(student, [Batch(token_ids)], RARE_SCALE * 0.6)
+        words = student.embeddings_ln(student.word_embeddings(batch.ids))
+        after = student.layers[0](words, *turns(batch, student.frequencies), batch)[ordinary]
+    assert told > 0.8  # of the variance of the factors; without the code by which tokens know their like: below 0.3
+    factors = saturated_counts(batch)[ordinary]
+    weights = (RARITIES[batch.ids[ordinary]] + 0.6) * factors
+    assert torch.corrcoef(torch.stack([after[:, RARE], weights]))[0, 1] > 0.97
+    assert after[:, GAIN].std() < 0.01  # where the factor was
+    assert after[:, STANDING].abs().max() < 0.05  # the code is gone: it was 0.4
+    others = [channel for channel in range(384) if channel not in OWN]
+    torch.testing.assert_close(after[:, others], before[:, others], atol=0.05, rtol=0.05)
+
+
+def test_a_saturated_count_is_that_of_bm25() -> None:
+    batch = Batch([[0, 7, 7, 8, 2], [0, 7, 2]])
+    c, n = torch.tensor([2.0, 2.0, 1.0, 1.0]), torch.tensor([5.0, 5.0, 5.0, 3.0])
+    torch.testing.assert_close(saturated_counts(batch)[batch.ids > 3], c / (c + 0.3 + 0.7 * n / 150))
+
+
 def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_channels(encoder: GTEEncoder) -> None:
     teacher = small_teacher()
     generator = torch.Generator().manual_seed(1)
     token_ids = [[0, *torch.randint(4, 60, (7,), generator=generator).tolist(), 2] for _ in range(80)]
     batch = Batch(token_ids)
-    seen = statistics(teacher, token_ids, ["en"] * 80)
-    config = dataclasses.replace(encoder.config, vocab_size=60, num_layers=4, intermediate_size=256)
-    rarity = torch.linspace(-0.5, 0.5, 60)
-    projection, mean = torch.eye(384), torch.zeros(384)
-    neurons = [torch.arange(256 - CARRYING)] * 3
-    student = transplant(
-        teacher,
-        teacher.weights["emb.word"],
-        [0, 1, 2],
-        config,
-        seen["constants"],
-        mean,
-        projection,
-        neurons,
-        rarity,
-        seen["norms"],
-    )
-    for linear in (student.layers[n].attention["o_proj"] for n in range(3)):
+    student = small_student(teacher, encoder.config, token_ids)
+    place_counting(student, [batch], RARE_SCALE * 0.6)
+    for linear in (student.layers[n].attention["o_proj"] for n in range(FIRST, FIRST + 3)):
         assert not linear.weight[OWN].any()  # attention never writes there
     # Every token is a span of its own: both read the same pieces.
     encodings = [Tokens(*((i, i + 1) for i in range(len(ids) - 2))) for ids in token_ids]
@@ -204,18 +242,18 @@ def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_cha
     assert missed[-1] < 0.5
     with torch.inference_mode():
         states = student(batch)
-    carried = states[2][:, RARE]
-    assert torch.corrcoef(torch.stack([carried, rarity[batch.ids]]))[0, 1] > 0.95  # untouched channels: about 0
+    first, *_, last = (hidden[:, RARE] for hidden in states[:-1])
+    assert torch.corrcoef(torch.stack([first, last]))[0, 1] > 0.95  # untouched channels: about 0
     special = batch.ids < 4
-    for hidden in states[:3]:
+    for hidden in states[:-1]:
         held = hidden[special][:, STANDING]
         assert held.square().sum(1).div(hidden[special].square().sum(1)).min() > 0.7  # of an ordinary token: about 0.02
         assert hidden[~special][:, STANDING].abs().max() < 0.1 * held.abs().min()
     place_pooling(student, lessons)
-    pooling = student.layers[3]
+    pooling = student.layers[-1]
     with torch.inference_mode():
-        mixed = pooling.mixed(states[2], *turns(batch, student.frequencies), batch)
-        values = pooling.attention["qkv_proj"](states[2])[:, 2 * 384 :]
+        mixed = pooling.mixed(states[-2], *turns(batch, student.frequencies), batch)
+        values = pooling.attention["qkv_proj"](states[-2])[:, 2 * 384 :]
     # The first token looks at all tokens alike, all others at the closing one.
     torch.testing.assert_close(mixed[batch.first], batch.mean(values), atol=0.15, rtol=0)  # values have deviation 0.5
     torch.testing.assert_close(mixed[~special], values[batch.ids == 2][batch.text[~special]], atol=0.05, rtol=0)
@@ -293,7 +331,7 @@ def test_rounding_is_there_within_and_gone_after() -> None:
 
 def test_the_usual_rarity_of_a_token_is_that_where_it_occurs() -> None:
     texts = Texts.__new__(Texts)
-    texts.pools, texts._languages = {"de": {}, "en": {}}, [1.0, 2.0]
+    texts.pools, texts._languages = {language: {"mono": ["a text"] * 6000} for language in ("de", "en")}, [1.0, 2.0]
     # "die" is everywhere in German and nowhere in English; a name is rare in both; the last token never occurs.
     rare = {"de": np.array([0.05, 0.8, 1.0], np.float32), "en": np.array([1.0, 0.8, 1.0], np.float32)}
     assert texts.usual_rarity(rare) == pytest.approx([0.05, 0.8, 1.0], abs=1e-3)

@@ -31,9 +31,10 @@ from typing import NamedTuple
 import torch
 from alignment import Spans, common
 from batch import Batch
+from counting import saturated_counts
 from grid import rounded
-from mixture import Pairs, Text, Texts, long_document, seeded, text_batches
-from student import OWN, Student, config_from
+from mixture import RARITY_POWER, Pairs, Text, Texts, long_document, seeded, text_batches
+from student import FIRST, OWN, Student, config_from
 from teacher import Teacher, tokenize
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, distributed
@@ -46,9 +47,10 @@ DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
 _PAIRS, _LONG = 0.3, 0.03  # shares of steps
 _TEMPERATURE = 0.05
 _SIMILARITY = 0.15  # weight of the divergence of similarities
-_CONTRAST, _SPARSE, _RARITY = 0.1, 0.3, 0.5
+_CONTRAST, _SPARSE, _RARITY = 0.1, 0.15, 0.5
 _STATES = 1.0  # weight of the token states
 _EVERY = 2  # states are compared after every second layer
+_USUAL_FACTOR = 0.6  # of BM25's saturated counts: so sparse weights stay about as large as rarities
 _CLIP = 1.0
 ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
 _BETAS = (0.9, 0.99)
@@ -70,14 +72,14 @@ class Run:
         self.student.load_state_dict(start["weights"])
         layers = [*start["layers"], self.teacher.num_layers]
         # The student's layers whose states are compared, and the teacher's that they stand for.
-        self.compared = [(n, layers[n + 1] - 1) for n in range(len(layers) - 2, -1, -_EVERY)]
+        self.compared = [(FIRST + n, layers[n + 1] - 1) for n in range(len(layers) - 2, -1, -_EVERY)]
         self.scale = torch.nn.Parameter(
             torch.tensor(1.0, device=device)
         )  # log of a sparse score's worth in the contrast
         self.texts = Texts(folder)
         self.pairs = Pairs(folder, self.tokenizer)
-        rare = self.texts.inverse_frequencies(self.tokenizer)
-        self.rare = {language: torch.from_numpy(values).to(device) for language, values in rare.items()}
+        rare: dict[str, Tensor] = start["rarities"]
+        self.rare = {language: values.float().to(device) ** RARITY_POWER for language, values in rare.items()}
 
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Batch, list[Tensor]]:
         """Return the texts as a batch, and the student's states after every layer."""
@@ -136,12 +138,13 @@ class Run:
         self.student.classifier.bias.copy_(solution[-1:])
 
     def _ordinary(self, hidden: Tensor, batch: Batch, languages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the states of the tokens that are not special, and how rare each is in its text's language."""
+        """Return the states of the tokens that are not special, and what BM25 would weigh each in its text's language."""
         ordinary = (batch.ids >= len(SPECIALS)).nonzero().squeeze(1)
         rows = {language: row for row, language in enumerate(dict.fromkeys(languages))}
         table = torch.stack([self.rare[language] for language in rows])
         row = torch.tensor([rows[language] for language in languages], device=self.device)
-        return hidden[ordinary], table[row[batch.text[ordinary]], batch.ids[ordinary]]
+        rare = table[row[batch.text[ordinary]], batch.ids[ordinary]]
+        return hidden[ordinary], rare * saturated_counts(batch)[ordinary] / _USUAL_FACTOR
 
     def sparse(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return sparse vectors over the vocabulary; of repeated tokens the largest weight counts."""
@@ -355,7 +358,7 @@ def main() -> None:
         anchor = rarity_weight(share)
         draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
-        with rounded(student.layers, share >= ROUNDED_FROM):
+        with rounded(student.layers[FIRST:], share >= ROUNDED_FROM):
             if kind == "texts":
                 texts, encodings = next(stream)
                 value, figures = run.text_loss(texts, encodings, anchor)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from distil import DIMENSIONS
 from grid import EMBEDDING_STEPS, STEPS, coarse
-from student import config_from
+from student import FIRST, OWN, config_from
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import SPECIALS
@@ -38,29 +38,24 @@ TOKENIZER_CONFIG = {
 }
 
 
-def spread_values(weights: dict[str, Tensor], layer: int, heads: int) -> None:
-    """Rotate the values of every head, and back in the output projection: the network computes the same.
+def round_words(words: Tensor, start: Tensor, steps: float) -> Tensor:
+    """Bring word embeddings onto the grid, those that training has changed; what channels `OWN` say is as it was.
 
-    The pooling layer's value matrix began as the identity. A row with one large weight loses its small ones in 8 bits; rotated,
-    no weight stands out.
+    Args:
+        words: float32, (pieces, C).
+        start: On the grid, of the same shape.
+        steps: Of the grid, to a standard deviation.
     """
-    qkv, bias = (weights[f"layers.{layer}.attention.qkv_proj.{kind}"] for kind in ("weight", "bias"))
-    out = weights[f"layers.{layer}.attention.o_proj.weight"]
-    width = out.shape[0]
-    size = width // heads
-    rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))[0]
-    for head in range(heads):
-        rows, columns = (
-            slice(2 * width + head * size, 2 * width + (head + 1) * size),
-            slice(head * size, (head + 1) * size),
-        )
-        qkv[rows], bias[rows] = rotation @ qkv[rows], rotation @ bias[rows]
-        out[:, columns] = out[:, columns] @ rotation.T
+    changed = (words != start).any(1)
+    out = start.clone()
+    out[changed] = coarse(words[changed], steps, per_row=True)
+    out[:, OWN] = start[:, OWN]
+    return out
 
 
-def deflated(tensor: Tensor) -> int:
-    """Return the bytes that a float16 copy takes in a wheel."""
-    return len(zlib.compress(tensor.half().numpy().tobytes(), 6))
+def deflated(folder: Path) -> int:
+    """Return the bytes that a folder's files take in a wheel."""
+    return sum(len(zlib.compress(path.read_bytes(), 6)) for path in folder.iterdir() if path.is_file())
 
 
 def main() -> None:
@@ -88,23 +83,23 @@ def main() -> None:
     noise = []
     for name, tensor in trained.items():
         if tensor.ndim == 2:
-            words = name == "word_embeddings.weight"
-            trained[name] = coarse(tensor, args.embedding_steps if words else args.steps, per_row=words)
-            if not words:
-                noise.append(float((trained[name] - tensor).norm() / tensor.norm().clamp(min=1e-9)))
-    spread_values(trained, start["shape"]["num_layers"] - 1, start["shape"]["num_heads"])
-    size = sum(deflated(tensor) for tensor in trained.values())
+            if name == "word_embeddings.weight":
+                trained[name] = round_words(tensor, start["weights"][name], args.embedding_steps)
+                continue
+            if name.startswith("layers.") and int(name.split(".")[1]) < FIRST:
+                continue  # it is nearly empty
+            trained[name] = coarse(tensor, args.steps)
+            noise.append(float((trained[name] - tensor).norm() / tensor.norm().clamp(min=1e-9)))
     config: GTEConfig = config_from({**start["shape"], "matryoshka_dimensions": (64, *DIMENSIONS)})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tokenizer = Tokenizer.from_str(start["tokenizer"])
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
-        size += len(zlib.compress((folder / "tokenizer.json").read_bytes(), 6))
         checkpoint = Checkpoint(folder, config, tokenizer, frozenset(range(len(SPECIALS))), {}, trained, head, "")
-        save_checkpoint(checkpoint, args.out, dtype=torch.float16, max_shard_bytes=90_000_000)
+        save_checkpoint(checkpoint, args.out, dtype=torch.float16, max_shard_bytes=90_000_000, bytes_where_exact=True)
     print(
-        f"{args.out}: {size / 1e6:.1f} MB deflated; rounding error of the layers {max(noise):.3f} of a matrix at most"
+        f"{args.out}: {deflated(args.out) / 1e6:.1f} MB deflated; a layer's matrix is rounded by at most {max(noise):.3f}"
     )
 
 

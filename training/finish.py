@@ -24,7 +24,7 @@ from distil import DIMENSIONS, ROUNDED_FROM, Run, Side, distillation, rarity_wei
 from grid import rounded
 from heal import heal_pooling
 from mixture import Text, seeded
-from student import turns
+from student import FIRST, turns
 from teacher import tokenize
 from torch import Tensor
 from torch.nn import functional
@@ -168,7 +168,7 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"{(time.monotonic() - began) / 60:6.1f} min  {what}", flush=True)
 
-    with rounded(run.student.layers[:-1], True):  # what the last layer will read when all is exported
+    with rounded(run.student.layers[FIRST:-1], True):  # what the last layer will read when all is exported
         examples = list(finish.pairs(rng, args.groups, args.pairs))
         say(f"{len(examples)} groups of pairs")
         examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]

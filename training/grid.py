@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from student import CONSTANT
+from student import CONSTANT, RARE
 from torch import Tensor, nn
 
 STEPS, EMBEDDING_STEPS = 8.0, 2.4  # of the grid, to a standard deviation
@@ -16,12 +16,12 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
     """Round to multiples of a power of two.
 
     Args:
-        weights: float32, (rows, columns). Column `CONSTANT`, which carries biases, and zeros stay as they are.
+        weights: float32, (rows, columns). Column `CONSTANT`, which carries biases, is rounded to whole steps only.
         steps: About how many steps make a standard deviation: within a factor of the square root of two, exact with `per_row`.
         per_row: Bring every row to the same standard deviation first; only for rows that a LayerNorm reads.
 
     Returns:
-        float32 of the same shape, at most three significant bits each.
+        float32 of the same shape, at most three significant bits each; rows that 8 bits hold, at a power of two for a step.
     """
     if not bool(weights.any()):
         return weights
@@ -35,10 +35,14 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
         step = 2.0 ** round(float(torch.log2(weights[weights != 0].std() / steps)))
     levels = weights / step
     exponent = torch.floor(torch.log2(levels.abs().clamp(min=1.0))).clamp(min=2.0) - 2  # from 8 steps on: fewer levels
-    rounded = torch.round(levels / 2**exponent) * 2**exponent * step
-    if not per_row:
-        rounded[:, CONSTANT] = weights[:, CONSTANT]
-    return rounded
+    if per_row:
+        exponent[:, RARE] = torch.floor(torch.log2(levels[:, RARE].abs().clamp(min=0.25))) - 3  # one number a word
+        return torch.round(levels / 2**exponent) * 2**exponent * step
+    exponent[:, CONSTANT] = 0  # biases need more digits
+    others = levels.abs().index_fill(1, torch.tensor([CONSTANT], device=levels.device), 0.0)
+    largest = others.amax(1, keepdim=True)  # 127 steps of a row at most, and 8 bits hold it
+    exponent = torch.maximum(exponent, torch.ceil(torch.log2(largest.clamp(min=1.0) / 127)).clamp(min=0.0))
+    return torch.round(levels / 2**exponent) * 2**exponent * step
 
 
 @contextmanager

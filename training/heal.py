@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from alignment import Spans, common
 from batch import Batch
-from grid import EMBEDDING_STEPS, STEPS, coarse
+from grid import STEPS, coarse
 from scipy.sparse import csr_array
-from student import CARRYING, GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, standing, turns
+from student import CARRYING, FIRST, GAIN, MARKS, OWN, RARE, STANDING, Layer, Student, standing, turns
 from teacher import Teacher
 from tokenizers import Encoding
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
     """Fit a transplanted student to its teacher on some texts.
 
     Args:
-        student: Changed in place.
+        student: Changed in place; its word embeddings are on their grid, and its first layer counts.
         teacher: Prepared in float32.
         layers: The teacher's layers that the student has.
         lessons: The texts, some thousand tokens in each, with empty `states`.
@@ -104,13 +104,13 @@ def heal(student: Student, teacher: Teacher, layers: Sequence[int], lessons: Seq
     Returns:
         After each layer, the share of the variance of the teacher's states that the student's miss.
     """
-    student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
     for mine, its, _, states in lessons:
-        states["hidden"] = student.embeddings_ln(student.word_embeddings(mine.ids))
+        words = student.embeddings_ln(student.word_embeddings(mine.ids))
+        states["hidden"] = student.layers[0](words, *turns(mine, student.frequencies), mine)
         states["teacher"] = teacher.embedded(its)
     missed = []
     for number, (old, following) in enumerate(zip(layers, [*layers[1:], teacher.num_layers], strict=True)):
-        layer = student.layers[number]
+        layer = student.layers[FIRST + number]
         assert isinstance(layer, Layer)
         kernels = distance_kernels(teacher, old, lessons)
         read_marks_as_the_teacher(layer.attention["qkv_proj"], lessons)
@@ -348,6 +348,8 @@ def place_positions(layer: Layer, kernels: Tensor, hidden: Tensor, frequencies: 
             turn = (strengths.sqrt()[:, None] * basis @ torch.linalg.inv(root).T)[:content]
             new = torch.zeros(size, width + 1)
             new[order] = turn.float() @ whole[row]
+            if part == 1:
+                new[order, -1] -= turn.float() @ k[:, head].mean(0).float()  # and 8 bits would hold it in vain
             strength = amplitude.abs().clamp(min=1e-6).sqrt()
             if part == 0:
                 new[:SLOTS, -1] = strength

@@ -46,9 +46,13 @@ _OFTEN = dict.fromkeys(
 ) | {"en": 4.0}
 # Of a language, sources are drawn by their size to the power 0.5, times this.
 _WORTH = {"mono": 2.0, "queries": 1.5, "qa_pairs": 4.0, "parallel/ntrex128": 2.5, "parallel/tico19": 2.0}
+# The same of pairs: two sources in dozens of languages would outweigh all others.
+_PAIRS_WORTH = {"qa_pairs/gnome-help": 0.2, "qa_pairs/tldr-command": 0.1}
 _PASSAGES = 0.5  # share of texts that are several joined
 _WINDOW = 2048  # texts that are sorted into batches together
-_COUNTED = 6_000  # texts of a language in which rarities are counted, at most
+_COUNTED = 100_000  # texts of a language in which rarities are counted, at most
+_FEWEST = 200  # texts that a language counts for, at least
+RARITY_POWER = 0.75  # of a rarity in a sparse weight
 _KINDS = {"qa_pairs": 0.7, "parallel": 0.3}  # which pairs to draw
 
 
@@ -122,17 +126,20 @@ class Texts:
         """Return for each language how rare every token is: 0 in every text, 1 in none; float32, shape (vocabulary,)."""
         rng = seeded(0)
         rare = {}
-        for language, parts in self.pools.items():
-            texts = [text for part, members in parts.items() if part != "parallel" for text in members] or parts[
-                "parallel"
-            ]
+        for language in self.pools:
+            texts = self._countable(language)
             chosen = rng.sample(texts, min(len(texts), most))
             found = np.zeros(tokenizer.get_vocab_size(), dtype=np.float64)
             for ids in tokenize(tokenizer, chosen):
                 found[list(set(ids))] += 1
-            count = max(len(chosen), 200)
+            count = max(len(chosen), _FEWEST)
             rare[language] = (np.log((count + 1) / (found + 1)) / np.log(count + 1)).astype(np.float32)
         return rare
+
+    def _countable(self, language: str) -> list[str]:
+        """Return the texts in which a language's tokens are counted: those that are no translations, if there are any."""
+        parts = self.pools[language]
+        return [text for part, texts in parts.items() if part != "parallel" for text in texts] or parts["parallel"]
 
     def usual_rarity(self, inverse_frequencies: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return how rare every token is where it occurs: the mean over languages by how often they show it.
@@ -147,9 +154,12 @@ class Texts:
         drawn = np.diff(self._languages, prepend=0.0)
         for weight, language in zip(drawn, self.pools, strict=True):
             rare = inverse_frequencies[language].astype(np.float64)
-            share = weight * (_COUNTED**-rare - 1 / _COUNTED)  # of texts that have the token
+            count = max(min(len(self._countable(language)), _COUNTED), _FEWEST)
+            share = (
+                weight * ((count + 1) ** (1 - rare) - 0.98) / count
+            )  # of texts that have the token; a trifle if none has
             total, occurrences = total + share * rare, occurrences + share
-        return np.where(occurrences > 0, total / np.maximum(occurrences, 1e-300), 1.0).astype(np.float32)
+        return (total / occurrences).astype(np.float32)
 
 
 def text_batches(
@@ -193,7 +203,7 @@ class Pairs:
         for part, sources in self.sources.items():
             for name in [name for name, pairs in sources.items() if len(pairs) < fewest]:
                 del sources[name]
-            worth = [(0.3 if "tldr" in name else 1.0) * len(pairs) ** 0.5 for name, pairs in sources.items()]
+            worth = [_PAIRS_WORTH.get(name.split(".")[0], 1.0) * len(pairs) ** 0.5 for name, pairs in sources.items()]
             self._weights[part] = (list(sources), list(accumulate(worth)))
         self._tokenizer = tokenizer
         self._indices: dict[str, csr_array] = {}

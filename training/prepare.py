@@ -21,10 +21,12 @@ from typing import Any
 import torch
 import vocabulary
 from alignment import common
-from batch import Batch
+from batch import Batch, by_length
+from counting import place_counting
+from grid import EMBEDDING_STEPS, coarse
 from heal import Lesson, heal, heal_pooling, heal_words, place_pooling
-from mixture import Texts, seeded
-from student import CARRIED, CARRYING, CONSTANT, config_from, transplant
+from mixture import RARITY_POWER, Texts, seeded
+from student import CARRIED, CARRYING, CONSTANT, RARE_SCALE, config_from, transplant
 from teacher import Teacher, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -35,7 +37,8 @@ _XLMR_SHARE = 0.8  # of XLM-R's own frequencies beside the counted ones
 _WHITENED = 0.35  # how far the target's components are brought to one variance: 0 not at all, 1 all the way
 _BETWEEN = 2.0  # what differs between languages counts so often in that: it is damped
 _SAMPLE, _STATED = 2500, 500  # texts whose vectors, and whose hidden states are looked at
-_WORDED, _HEALED = 4000, 4500  # texts that word embeddings, and then the layers are fitted to
+_COUNTED = 600  # texts that counting is fitted to
+_WORDED, _HEALED = 4000, 3000  # texts that word embeddings, and then the layers are fitted to
 _LONGEST, _TOKENS = 320, 4000  # tokens of such a text, and of those that pass through together
 
 
@@ -173,13 +176,14 @@ def target_projection(centred: Tensor, languages: Sequence[str]) -> Tensor:
     return (projection * signs).float()  # signs: no component may stand out in the mean over channels
 
 
-def centred_rarity(rare: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
-    """Return how much rarer each token is than the mean over real text; special tokens are at the mean."""
+def centred_rarity(rare: Tensor, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
+    """Return how much rarer each token is than the mean over real text, and that; special tokens are at the mean."""
     counts = torch.bincount(torch.tensor([token for ids in token_ids for token in ids]), minlength=len(rare)).float()
     counts[: len(vocabulary.SPECIALS)] = 0
-    centred = rare - (rare * counts).sum() / counts.sum()
+    usual = (rare * counts).sum() / counts.sum()
+    centred = rare - usual
     centred[: len(vocabulary.SPECIALS)] = 0
-    return centred
+    return centred, float(usual)
 
 
 def lessons(texts: Sequence[str], tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> list[Lesson]:
@@ -228,14 +232,16 @@ def main() -> None:
     shape: dict[str, Any] = {
         "vocab_size": len(kept),
         "hidden_size": teacher.hidden_size,
-        "num_layers": len(args.layers) + 1,
+        "num_layers": len(args.layers) + 2,
         "num_heads": teacher.num_heads,
         "intermediate_size": args.inner,
         "type_vocab_size": 0,
         "rope_theta": args.rope_theta,
         "rope_scaling": {"kind": "none", "factor": 1.0},
     }
-    rare = torch.from_numpy(texts.usual_rarity(texts.inverse_frequencies(tokenizer)))
+    rarities = texts.inverse_frequencies(tokenizer)
+    rare = torch.from_numpy(texts.usual_rarity(rarities)) ** RARITY_POWER
+    centred, usual = centred_rarity(rare, tokenize(tokenizer, drawn))
     words, worded = words_as_written(teacher, pieces, kept), sample(texts, args.seed + 2, _WORDED)[0]
     student = transplant(
         teacher,
@@ -246,9 +252,15 @@ def main() -> None:
         seen["mean"] * seen["pool_norm"],
         seen["projection"] / seen["spread"] / seen["pool_norm"] * seen["size"],
         [row.topk(args.inner - CARRYING).indices.sort().values for row in seen["importance"]],
-        centred_rarity(rare, tokenize(tokenizer, drawn)),
+        centred,
         seen["norms"],
     )
+    with torch.no_grad():
+        student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
+    read = tokenize(tokenizer, drawn[:_COUNTED], _LONGEST)
+    counted = [Batch([read[i] for i in group]) for group in by_length([len(ids) for ids in read], _TOKENS)]
+    told = place_counting(student, counted, RARE_SCALE * usual)
+    print(f"the first layer tells {told:.3f} of the variance of BM25's saturated counts", flush=True)
     texts_of_both = lessons(sample(texts, args.seed + 1, _HEALED)[0], tokenizer, whole)
     missed = heal(student, teacher, args.layers, texts_of_both)
     print("variance of the teacher's states missed after each layer:", *(f"{share:.3f}" for share in missed))
@@ -262,6 +274,7 @@ def main() -> None:
     )
     start = {"shape": shape, "weights": student.state_dict(), "layers": args.layers}
     start |= {"mean": seen["mean"], "projection": seen["projection"]}
+    start |= {"rarities": {language: torch.from_numpy(values).half() for language, values in rarities.items()}}
     torch.save(start | {"tokenizer": tokenizer.to_str(), "teacher_tokenizer": whole.to_str()}, args.out)
     print(f"{args.out}: {asdict(student.config)}")
 

@@ -36,10 +36,13 @@ RARE = 337  # the channel that carries how rare a token is
 GAIN = 183  # the channel that tells how LayerNorms have scaled a token's channels
 MARKS = [SPECIALS.index("<s>"), SPECIALS.index("</s>")]  # the tokens before and after a text
 STANDING = [81, 371, 14, 148, 191, 122, 124, 383, 295, 197, 213, 67, 118, 33, 30, 105]  # the channels that these hold
+CODED = STANDING[2:]  # those in which a word's embedding has a code by which the first layer knows its like
 CARRIED = [RARE, GAIN, *STANDING]  # channels that keep from layer to layer what the word embedding says
 OWN = [CONSTANT, *CARRIED]  # channels that the teacher has no part in
+FIRST = 1  # the layer that the teacher's first one becomes
 CARRYING = 4  # neurons of every MLP, its last, that undo what `GAIN` tells
-_RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
+RARE_SCALE = 5.0  # of that channel in a word embedding, commonest to rarest, beside the others' deviation
+_CODE_SCALE = 0.85  # of the code in a word embedding, beside the others' deviation
 _RARE_WEIGHT = 0.5  # of that channel in the LayerNorm that follows: about the others'
 _GAIN_SCALE = 2.5  # of its channel in a word embedding, beside the others' deviation
 _GAIN = 1.0  # what it is where nothing was scaled
@@ -72,7 +75,15 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Apply the layer to packed tokens: (tokens, C) -> the same."""
         hidden = self.attn_ln(hidden + self.attention["o_proj"](self.mixed(hidden, cos, sin, batch)))
-        return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
+        if not self.carrying:
+            return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
+        # The same, but what few neurons do is added instead of put beside the others: a pass over memory less.
+        (up, gate), down = self.mlp["up_gate_proj"].weight.chunk(2), self.mlp["down_proj"]
+        plain = functional.gelu(functional.linear(hidden, gate[:-CARRYING]))
+        carrying = functional.gelu(functional.linear(hidden, gate[-CARRYING:]))
+        carrying = carrying * functional.linear(hidden, up[-CARRYING:])
+        added = functional.linear(plain, down.weight[:, :-CARRYING], down.bias)
+        return self.mlp_ln(hidden + added + functional.linear(carrying, down.weight[:, -CARRYING:]))
 
     def mixed(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Return what the attention's output projection reads: (tokens, C) -> the same."""
@@ -97,6 +108,12 @@ def config_from(shape: Mapping[str, Any]) -> GTEConfig:
 def _but_own(gradient: Tensor) -> Tensor:
     gradient = gradient.clone()
     gradient[OWN] = 0
+    return gradient
+
+
+def _but_own_columns(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient[:, OWN] = 0
     return gradient
 
 
@@ -127,9 +144,11 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings.weight.register_hook(_but_own_columns)
         self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         last = config.num_layers - 1
         self.layers = nn.ModuleList(Layer(config, carrying=number < last) for number in range(config.num_layers))
+        self.layers[0].requires_grad_(False)  # it counts: `counting.py`
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.frequencies = config.inverse_frequencies()
 
@@ -166,7 +185,7 @@ def transplant(
         teacher: The teacher.
         words: Word embeddings of the student's pieces, (pieces, C).
         layers: The teacher's layers to keep.
-        config: The student's shape; one layer more than `layers`.
+        config: The student's shape: one layer before `layers`, which counts, and one after them, which pools.
         constants: Mean of channel `CONSTANT` after the embedding's LayerNorm and after both of every teacher's layer,
             shape (2 * layers + 1,).
         mean: Mean of the teacher's vectors in units of its hidden states, shape (C,).
@@ -184,12 +203,20 @@ def transplant(
     positions = w["emb.pos"].mean(0) + w["emb.type"][:width]
     words = words + positions
     level, deviation = words.mean(1), words.std(1)
-    words[:, STANDING] = level[:, None]
-    words[MARKS] = standing(level[MARKS, None], deviation[MARKS, None], width)
-    words[:, RARE] = level + _RARE_SCALE * rarity * deviation
+    words[:, RARE] = level + RARE_SCALE * rarity * deviation
     words[:, GAIN] = level + _GAIN_SCALE * deviation
+    signs = torch.randint(0, 2, (len(words), len(CODED)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    code = _CODE_SCALE * signs * deviation[:, None]
+    words[:, STANDING] = 0
+    level = (words.sum(1) + code.sum(1)) / (width - len(STANDING))  # what LayerNorm makes zero
+    words[:, STANDING] = level[:, None]
+    words[:, CODED] += code
+    marks = standing(level[MARKS, None], deviation[MARKS, None], width)
+    marks[:, GAIN] = words[MARKS, GAIN]
+    words[MARKS] = marks
     state["word_embeddings.weight"] = words
-    held = torch.where(constants.abs() > 0.2, constants, torch.ones(()))  # C at every place
+    # C at every place: a power of two, which every precision holds.
+    held = torch.where(constants.abs() > 0.2, constants.sign() * constants.abs().log2().round().exp2(), torch.ones(()))
 
     def norm(name: str, weight: Tensor, bias: Tensor, at: int) -> None:
         state[name + ".weight"], state[name + ".bias"] = weight.clone(), bias.clone()
@@ -217,7 +244,7 @@ def transplant(
     norm("embeddings_ln", w["emb.ln.w"], w["emb.ln.b"], 0)
     at = 0
     for number, layer in enumerate(layers):
-        old, new = f"l{layer}.", f"layers.{number}."
+        old, new = f"l{layer}.", f"layers.{FIRST + number}."
         entry = 2 * layer  # where the teacher's layer reads
         weight, bias = (torch.cat([w[old + f"{part}.{kind}"] for part in "qkv"]) for kind in "wb")
         weight, bias = reading(weight, bias, entry)
@@ -237,13 +264,15 @@ def transplant(
         state[new + "mlp.down_proj.weight"] = torch.cat([down, carrying[2]], 1)
         norm(new + "mlp_ln", w[old + "oln.w"], w[old + "oln.b"], entry + 2)
         at = entry + 2
-    last = f"layers.{len(layers)}."
+    last = f"layers.{FIRST + len(layers)}."
     qkv = 0.02 * torch.randn(3 * width, width)
-    qkv[2 * width :] = torch.eye(width)
-    qkv[2 * width + CONSTANT] = 0
+    # Values are spread over all channels of a head, so that none stands out where they are rounded.
+    spread = torch.block_diag(*[hadamard(width // config.num_heads)] * config.num_heads)
+    qkv[2 * width :] = spread / 8
+    qkv[2 * width :, CONSTANT] = 0
     state[last + "attention.qkv_proj.weight"] = qkv
     state[last + "attention.qkv_proj.bias"] = torch.zeros(3 * width)
-    state[last + "attention.o_proj.weight"] = _POOLED * projection
+    state[last + "attention.o_proj.weight"] = _POOLED * projection @ spread.T * (8 / (width // config.num_heads))
     state[last + "attention.o_proj.bias"] = -_POOLED * projection @ mean
     state[last + "attention.o_proj.weight"][[RARE, GAIN]] = 0
     state[last + "attention.o_proj.bias"][[RARE, GAIN]] = 0
@@ -252,6 +281,11 @@ def transplant(
     state[last + "mlp.down_proj.bias"] = torch.zeros(width)
     student.load_state_dict(state)
     return student
+
+
+def hadamard(size: int) -> Tensor:
+    """Return orthogonal rows of +1 and -1, (size, size), for a power of two."""
+    return torch.ones(1, 1) if size == 1 else torch.kron(hadamard(size // 2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
 
 
 def standing(level: Tensor, deviation: Tensor, width: int) -> Tensor:
