@@ -314,7 +314,7 @@ def test_the_last_layer_on_kept_states_is_the_whole_student(encoder: GTEEncoder)
     with torch.inference_mode():
         torch.testing.assert_close(finish.apply(kept), run.student(Batch(token_ids))[-1], atol=5e-3, rtol=0)  # float16
     finish.apply(kept)[kept.batch.first].sum().backward()
-    assert finish.layer.attention["o_proj"].weight.grad is not None
+    assert finish.layers[-1].attention["o_proj"].weight.grad is not None
     assert run.student.word_embeddings.weight.grad is None
 
 

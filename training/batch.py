@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_LONG = 512  # tokens of a text from which on its scores are not kept
+
+
+_STEP = 16  # lengths are padded to multiples of this: every new shape of a product costs a preparation
+
 
 class Batch:
     """Texts of one forward pass.
@@ -26,7 +31,7 @@ class Batch:
         self.ids = torch.tensor([token for ids in token_ids for token in ids], device=device)
         self.positions = torch.arange(len(self.ids), device=device) - self.first[self.text]
         self.lengths = lengths.to(device)
-        self._longest = int(lengths.max())
+        self._longest = -(-int(lengths.max()) // _STEP) * _STEP
         self._even = bool((lengths == self._longest).all())
         self._places = self.text * self._longest + self.positions
         self._padding = torch.arange(self._longest, device=device) >= self.lengths[:, None]
@@ -35,7 +40,11 @@ class Batch:
         """Let the tokens of each text attend to each other: (tokens, heads, C / heads) three times -> (tokens, C)."""
         q, k, v = (self._padded(x) for x in (q, k, v))
         mask = None if self._even else ~self._padding[:, None, None, :]
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self._longest > _LONG or q.device.type != "cpu":
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:  # on a CPU the fused kernel's gradients take several times as long as plain products
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            mixed = (scores if mask is None else scores.masked_fill(~mask, -1e4)).softmax(-1) @ v
         mixed = mixed.transpose(1, 2).reshape(len(self.lengths) * self._longest, -1)
         return mixed if self._even else mixed[self._places]
 

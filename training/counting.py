@@ -36,7 +36,8 @@ def saturated(count: Tensor, length: Tensor) -> Tensor:
 
 def saturated_counts(batch: Batch) -> Tensor:
     """Return that factor of every token, (tokens,)."""
-    _, which, counts = torch.stack([batch.text, batch.ids]).unique(dim=1, return_inverse=True, return_counts=True)
+    occurring = batch.text * (int(batch.ids.max()) + 1) + batch.ids
+    _, which, counts = occurring.unique(return_inverse=True, return_counts=True)
     return saturated(counts[which].float(), batch.lengths[batch.text].float())
 
 

@@ -43,15 +43,16 @@ from vocabulary import SPECIALS
 
 from gte_rag.precision import resolve
 
-DIMENSIONS = {96: 0.5, 192: 0.5, 384: 1.0}  # prefix: weight in the loss
-_PAIRS, _LONG = 0.3, 0.03  # shares of steps
+DIMENSIONS = {96: 1.0, 192: 1.0, 384: 1.0}  # prefix: weight in the loss
+_PAIRS, _LONG = 0.4, 0.03  # shares of steps
 _TEMPERATURE = 0.05
 _SIMILARITY = 0.15  # weight of the divergence of similarities
 _CONTRAST, _SPARSE, _RARITY = 0.1, 0.15, 0.5
 _STATES = 1.0  # weight of the token states
-_EVERY = 2  # states are compared after every second layer
+_EVERY = 4  # states are compared after every fourth layer
 _USUAL_FACTOR = 0.6  # of BM25's saturated counts: so sparse weights stay about as large as rarities
 _CLIP = 1.0
+_WARM = 100  # steps until the learning rates are reached
 ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
 _BETAS = (0.9, 0.99)
 
@@ -84,8 +85,13 @@ class Run:
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Batch, list[Tensor]]:
         """Return the texts as a batch, and the student's states after every layer."""
         batch = Batch(ids, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return batch, self.student(batch)
+        with self.autocast():
+            states = self.student(batch)
+        return batch, [*states[:-1], states[-1].float()]
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which products are computed in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def taught(self, texts: Sequence[str], encodings: Sequence[Encoding], lengths: Sequence[int]) -> Targets:
         """Return what the teacher makes of texts: `lengths` tokens of each in the student's encoding."""
@@ -106,7 +112,7 @@ class Run:
         """Return the share of the variance of the teacher's states that the student's miss, mean over the compared layers."""
         total = torch.zeros((), device=self.device)
         for (layer, _), wanted in zip(self.compared, targets.states, strict=True):
-            error = targets.spans.mean(states[layer], targets.spans.student) - wanted
+            error = targets.spans.mean(states[layer].float(), targets.spans.student) - wanted
             error[:, OWN] = 0
             total = total + error.square().mean() / (wanted - wanted.mean(0)).square().mean()
         return total / len(self.compared)
@@ -177,15 +183,20 @@ class Run:
         value = value + self.contrast(scores, lexical if same else None, sides[0].target, sides[1].target)
         return value, shares_found(scores[-1], lexical)
 
+    def dense_scores(self, questions: Tensor, passages: Tensor) -> list[Tensor]:
+        """Return how well every question's vector fits every passage's, in each of `DIMENSIONS`."""
+        return [unit(questions, size) @ unit(passages, size).T / _TEMPERATURE for size in DIMENSIONS]
+
     def scores(self, questions: Side, passages: Side) -> tuple[list[Tensor], Tensor]:
         """Return how well every question fits every passage: by the vectors in each of `DIMENSIONS`, and by the weights."""
-        dense = [unit(questions.vectors, size) @ unit(passages.vectors, size).T / _TEMPERATURE for size in DIMENSIONS]
+        dense = self.dense_scores(questions.vectors, passages.vectors)
         return dense, self.scale.exp() * questions.weights @ passages.weights.T
 
     def contrast(self, dense: Sequence[Tensor], lexical: Tensor | None, questions: Tensor, passages: Tensor) -> Tensor:
         """Return the loss of scores, given the targets of the questions and of their passages.
 
-        `lexical` is None for translations: the few tokens that both languages share would be taken for the important ones.
+        `lexical` may be None. It is for translations: the few tokens that both languages share would be taken for the important
+        ones.
         """
         wanted = torch.arange(len(questions), device=self.device)
         whole = questions.shape[1]
@@ -302,7 +313,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40, help="pairs of a step, of each process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest text")
-    parser.add_argument("--lr", type=float, default=4e-5)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--embedding-lr", type=float, default=1e-4, help="0 keeps the teacher's word embeddings")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -354,7 +365,7 @@ def main() -> None:
     while spent < 60 * args.minutes:
         share = spent / (60 * args.minutes)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * min(1.0, (step + 1) / 30) * (1 - share)
+            group["lr"] = lr * min(1.0, (step + 1) / _WARM) * (1 - share)
         anchor = rarity_weight(share)
         draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"

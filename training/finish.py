@@ -1,12 +1,12 @@
-"""Last stage of training: the layer that pools and the sparse head, on states that are computed once.
+"""Last stage of training: the layer that pools, the sparse head and perhaps some layers below, on states computed once.
 
     python training/finish.py --data FOLDER --start start.pt --out finished.pt
     python training/finish.py --data FOLDER --start start.pt --state run/state.pt --out finished.pt    # after distil.py
 
-The layers below stay as they are. So what the last one reads is the same in every epoch, and a step costs one layer instead of
-all of them and the teacher. The pooling projection and the sparse head are solved for, then both and the rest of the
-layer are trained, with the losses of `distil.py`. Prints on examples that are kept out: the cosine to the teacher's vectors in
-each dimension, and the shares of pairs that the shortest, the whole dense, and the sparse vectors find among others alike.
+The layers below stay as they are. So what the first of the `--depth` last ones reads is the same in every epoch, and a step
+costs these instead of all of them and the teacher. The pooling projection and the sparse head are solved for, then both and
+the rest of the layers are trained, with the losses of `distil.py`. Prints on examples that are kept out: the cosine to the
+teacher's vectors in each dimension, and the mean reciprocal ranks of pairs by dense vectors in each, and by sparse ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +32,12 @@ from torch.nn import functional
 _QUESTION, _LONG = 96, 4096  # tokens of the longest question and document
 _TOKENS = 4000  # of the texts that pass through together
 _HELD_OUT = 10  # one example in so many
+_BELOW = 0.2  # of the learning rate for layers below the last one, which were the teacher's
 _WARM = 30  # steps until the learning rate is reached
 
 
 class Example(NamedTuple):
-    """Texts: what the last layer reads of them, (tokens, C) in float16, and the teacher's vectors, (texts, C)."""
+    """Texts: what the trained layers read of them, (tokens, C) in float16, and the teacher's vectors, (texts, C)."""
 
     batch: Batch
     states: Tensor
@@ -45,17 +46,17 @@ class Example(NamedTuple):
 
 
 class Finish:
-    """Examples, and what the last layer makes of them."""
+    """Examples, and what the last layers make of them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, depth: int = 1) -> None:
         self.run = run
-        self.layer = run.student.layers[-1]
+        self.layers = run.student.layers[-depth:]
 
     @torch.no_grad()
     def example(self, token_ids: Sequence[Sequence[int]], target: Tensor, languages: Sequence[str]) -> Example:
         """Run the layers below."""
         batch, states = self.run.encode(token_ids)
-        return Example(batch, states[-2].half(), target, list(languages))
+        return Example(batch, states[-1 - len(self.layers)].half(), target, list(languages))
 
     def tokens(self, texts: Sequence[Text], longest: int) -> list[list[int]]:
         """Return the student's tokens."""
@@ -89,8 +90,21 @@ class Finish:
             yield [self.example(ids, target, [])]
 
     def apply(self, example: Example) -> Tensor:
-        """Return the last states, (tokens, C)."""
-        return self.layer(example.states.float(), *turns(example.batch, self.run.student.frequencies), example.batch)
+        """Return the last states, (tokens, C), float32."""
+        return self.last(self.read_by_last(example), example)
+
+    def read_by_last(self, example: Example) -> Tensor:
+        """Return what the last layer reads, (tokens, C)."""
+        hidden = example.states.float()
+        with self.run.autocast():
+            for layer in self.layers[:-1]:
+                hidden = layer(hidden, *turns(example.batch, self.run.student.frequencies), example.batch)
+        return hidden
+
+    def last(self, hidden: Tensor, example: Example) -> Tensor:
+        """Apply the last layer."""
+        with self.run.autocast():
+            return self.layers[-1](hidden, *turns(example.batch, self.run.student.frequencies), example.batch).float()
 
     def side(self, example: Example, states: Tensor) -> Side:
         """Return what the contrast reads."""
@@ -98,24 +112,24 @@ class Finish:
 
     def loss(self, examples: Sequence[Example], anchor: float) -> Tensor:
         """Return the loss of texts, or of questions and their passages."""
-        value, sides = torch.zeros(()), []
+        value, vectors = torch.zeros(()), []
         for example in examples:
             states = self.apply(example)
-            value = value + distillation(states[example.batch.first], example.target) / len(examples)
+            vectors.append(states[example.batch.first])
+            value = value + distillation(vectors[-1], example.target) / len(examples)
             if example.languages:
                 value = value + anchor * self.run.rarity(states, example.batch, example.languages) / len(examples)
-            if len(examples) == 2:
-                sides.append(self.side(example, states))
-        if sides:
-            dense, lexical = self.run.scores(*sides)
-            same = examples[0].languages == examples[1].languages
-            value = value + self.run.contrast(dense, lexical if same else None, sides[0].target, sides[1].target)
+        if len(examples) == 2:  # by vectors only: contrasted on these few pairs, sparse weights find less elsewhere
+            dense = self.run.dense_scores(*vectors)
+            value = value + self.run.contrast(dense, None, examples[0].target, examples[1].target)
         return value
 
     def solve(self, examples: Sequence[Sequence[Example]]) -> None:
         """Solve for the pooling projection and the sparse head."""
         flat = [example for group in examples for example in group if example.languages]
-        batches, states = [example.batch for example in flat], [example.states.float() for example in flat]
+        batches = [example.batch for example in flat]
+        with torch.inference_mode():
+            states = [self.read_by_last(example).float() for example in flat]
         heal_pooling(self.run.student, batches, states, [example.target for example in flat])
         with torch.inference_mode():
             some = flat[:: max(1, len(flat) // 60)]
@@ -143,6 +157,55 @@ def reciprocal_rank(scores: Tensor) -> Tensor:
     return (1 / (1 + (scores > scores.diagonal()[:, None]).sum(1)).float()).mean()
 
 
+def gather(
+    finish: Finish, rng: random.Random, args: argparse.Namespace, say: Callable[[str], None]
+) -> list[list[Example]]:
+    """Draw all examples and run the layers below."""
+    with rounded(finish.run.student.layers[FIRST : -len(finish.layers)], True):  # what is read when all is exported
+        examples = list(finish.pairs(rng, args.groups, args.pairs))
+        say(f"{len(examples)} groups of pairs")
+        examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
+    rng.shuffle(examples)
+    return examples
+
+
+def train(
+    finish: Finish,
+    rng: random.Random,
+    examples: Sequence[list[Example]],
+    args: argparse.Namespace,
+    say: Callable[[str], None],
+) -> None:
+    """Solve for what can be solved for, then train; one example in `_HELD_OUT` is only looked at."""
+    run = finish.run
+    held_out, shown = examples[::_HELD_OUT], [group for i, group in enumerate(examples) if i % _HELD_OUT]
+    tokens = sum(len(example.states) for group in examples for example in group)
+    say(f"{tokens} tokens; as it is: {finish.report(held_out)}")
+    finish.solve(shown)
+    say(f"solved for: {finish.report(held_out)}")
+    last = [*finish.layers[-1].parameters(), *run.student.classifier.parameters()]
+    rates = [(last, args.lr), (list(finish.layers[:-1].parameters()), _BELOW * args.lr)]
+    parameters = [parameter for group, _ in rates for parameter in group]
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group, _ in rates if group], betas=(0.9, 0.98), weight_decay=0.0
+    )
+    step, total = 0, args.epochs * len(shown)
+    for epoch in range(args.epochs):
+        rng.shuffle(shown)
+        for group in shown:
+            share = step / total
+            for parameter_group, (_, rate) in zip(optimizer.param_groups, rates, strict=False):
+                parameter_group["lr"] = rate * min(1.0, (step + 1) / _WARM) * (1 - share)
+            with rounded(finish.layers, share >= ROUNDED_FROM):
+                optimizer.zero_grad(set_to_none=True)
+                finish.loss(group, rarity_weight(share)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+        with rounded(finish.layers, True):
+            say(f"epoch {epoch + 1}: {finish.report(held_out)}")
+
+
 def main() -> None:
     """Write the weights, the last layer and the head finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,6 +217,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=240, help="groups of pairs")
     parser.add_argument("--pairs", type=int, default=32, help="pairs of a group")
     parser.add_argument("--long", type=int, default=30, help="times some long documents")
+    parser.add_argument("--depth", type=int, default=1, help="layers to train, from the last one on")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=3)
@@ -163,37 +227,12 @@ def main() -> None:
     run = Run(start, args.data, 320, torch.device("cpu"))
     if args.state:
         run.student.load_state_dict(torch.load(args.state, weights_only=True)["weights"])
-    finish, rng, began = Finish(run), seeded(args.seed), time.monotonic()
+    finish, rng, began = Finish(run, args.depth), seeded(args.seed), time.monotonic()
 
     def say(what: str) -> None:
         print(f"{(time.monotonic() - began) / 60:6.1f} min  {what}", flush=True)
 
-    with rounded(run.student.layers[FIRST:-1], True):  # what the last layer will read when all is exported
-        examples = list(finish.pairs(rng, args.groups, args.pairs))
-        say(f"{len(examples)} groups of pairs")
-        examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
-    rng.shuffle(examples)
-    held_out, shown = examples[::_HELD_OUT], [group for i, group in enumerate(examples) if i % _HELD_OUT]
-    tokens = sum(len(example.states) for group in examples for example in group)
-    say(f"{tokens} tokens; as it is: {finish.report(held_out)}")
-    finish.solve(shown)
-    say(f"solved for: {finish.report(held_out)}")
-    parameters = [*finish.layer.parameters(), *run.student.classifier.parameters(), run.scale]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
-    step, total = 0, args.epochs * len(shown)
-    for epoch in range(args.epochs):
-        rng.shuffle(shown)
-        for group in shown:
-            share = step / total
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / _WARM) * (1 - share)
-            with rounded(finish.layer, share >= ROUNDED_FROM):
-                optimizer.zero_grad(set_to_none=True)
-                finish.loss(group, rarity_weight(share)).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            step += 1
-        with rounded(finish.layer, True):
-            say(f"epoch {epoch + 1}: {finish.report(held_out)}")
+    train(finish, rng, gather(finish, rng, args, say), args, say)
     torch.save({"weights": run.student.state_dict()}, args.out)
 
 

@@ -26,7 +26,7 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
     if not bool(weights.any()):
         return weights
     if per_row:
-        if bool((weights * 2.0**6 == (weights * 2.0**6).round()).all()):
+        if bool((weights * 2.0**9 == (weights * 2.0**9).round()).all()):
             return weights  # is on the grid already, and would move: its rows have not quite the same deviation
         weights = weights - weights.mean(1, keepdim=True)  # LayerNorm takes it off
         step = 2.0**-6
@@ -36,9 +36,10 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
     levels = weights / step
     exponent = torch.floor(torch.log2(levels.abs().clamp(min=1.0))).clamp(min=2.0) - 2  # from 8 steps on: fewer levels
     if per_row:
-        exponent[:, RARE] = torch.floor(torch.log2(levels[:, RARE].abs().clamp(min=0.25))) - 3  # one number a word
+        exponent[:, RARE] = torch.floor(torch.log2(levels[:, RARE].abs().clamp(min=1.0))) - 3  # one number a word
         return torch.round(levels / 2**exponent) * 2**exponent * step
-    exponent[:, CONSTANT] = 0  # biases need more digits
+    if len(weights) > weights.shape[1]:  # it reads hidden states, and its biases need more digits
+        exponent[:, CONSTANT] = 0
     others = levels.abs().index_fill(1, torch.tensor([CONSTANT], device=levels.device), 0.0)
     largest = others.amax(1, keepdim=True)  # 127 steps of a row at most, and 8 bits hold it
     exponent = torch.maximum(exponent, torch.ceil(torch.log2(largest.clamp(min=1.0) / 127)).clamp(min=0.0))

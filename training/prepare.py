@@ -38,7 +38,7 @@ _WHITENED = 0.35  # how far the target's components are brought to one variance:
 _BETWEEN = 2.0  # what differs between languages counts so often in that: it is damped
 _SAMPLE, _STATED = 2500, 500  # texts whose vectors, and whose hidden states are looked at
 _COUNTED = 600  # texts that counting is fitted to
-_WORDED, _HEALED = 4000, 3000  # texts that word embeddings, and then the layers are fitted to
+_WORDED, _HEALED = 4000, 2500  # texts that word embeddings, and then the layers are fitted to
 _LONGEST, _TOKENS = 320, 4000  # tokens of such a text, and of those that pass through together
 
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the training folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vocabulary", type=int, default=112_000, help="pieces")
+    parser.add_argument("--vocabulary", type=int, default=132_000, help="pieces")
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(12)), help="of the teacher's")
     parser.add_argument("--inner", type=int, default=1536, help="width of the MLP")
     parser.add_argument(

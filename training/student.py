@@ -153,13 +153,15 @@ class Student(nn.Module):
         self.frequencies = config.inverse_frequencies()
 
     def forward(self, batch: Batch) -> list[Tensor]:
-        """Return the packed hidden states after every layer, each (tokens, C), float32."""
+        """Return the packed hidden states after every layer, each (tokens, C), in the dtype of products under autocast."""
         cos, sin = turns(batch, self.frequencies)
         hidden = self.embeddings_ln(self.word_embeddings(batch.ids))
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden, cos, sin = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, cos, sin))
         states = []
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, batch)
-            states.append(hidden.float())
+            states.append(hidden)
         return states
 
     def token_weights(self, hidden: Tensor) -> Tensor:
