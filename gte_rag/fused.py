@@ -193,6 +193,7 @@ class _Team:
 
 def _compute_alone(ready: threading.Barrier) -> None:
     torch.set_num_threads(1)  # of this thread
+    torch.get_num_threads()  # torch sets up a thread at its first question, and would then take what another has set last
     ready.wait()
 
 

@@ -58,6 +58,19 @@ def test_the_fused_pass_equals_the_one_on_torch_alone(name: str, sparse: bool, t
         assert (joined * apart).sum(axis=1).min() > {"bf16": 0.9995, "int8": 0.99}[name]
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_each_thread_of_a_team_computes_alone(threads: int) -> None:
+    found: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fused._TEAM.run([fused._Phase(range(8), lambda part, thread: found.append(torch.get_num_threads()))], threads)
+        assert torch.get_num_threads() == threads  # of the caller
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1] * 8  # more, and as many times more threads than cores would compete
+
+
 @each_precision
 def test_the_number_of_threads_does_not_change_a_vector(name: str) -> None:
     encoder = GTEEncoder.from_pretrained(precision=name, device="cpu")
