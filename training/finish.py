@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=30, help="times some long documents")
     parser.add_argument("--depth", type=int, default=1, help="layers to train, from the last one on")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
 
