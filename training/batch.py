@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 _LONG = 512  # tokens of a text from which on its scores are not kept
-
-
 _STEP = 16  # lengths are padded to multiples of this: every new shape of a product costs a preparation
 
 

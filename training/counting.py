@@ -78,8 +78,7 @@ def place_counting(student: Student, batches: Sequence[Batch], usual_rarity: flo
     mixed[:, told_by] -= means
     heads = mixed[ordinary][:, told_by]
     factors = torch.cat([saturated_counts(batch) for batch in batches])[ordinary]
-    mean = factors.mean()
-    wanted = factors / mean - 1
+    wanted = factors / factors.mean() - 1
     gram = heads.T @ heads
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     solution = torch.linalg.solve(gram.double(), (heads.T @ wanted).double()).float()
@@ -91,11 +90,9 @@ def place_counting(student: Student, batches: Sequence[Batch], usual_rarity: flo
     gain, pattern = everything[ordinary, GAIN].mean(), everything[ids == MARKS[0]][0, STANDING[1]]
     up, gate = layer.mlp["up_gate_proj"].weight.chunk(2)
     down = layer.mlp["down_proj"].weight
-    _keep_level(
-        layer.attn_ln, [x + output(m) for x, m in zip(hidden, mixed.split([len(x) for x in hidden]), strict=True)]
-    )
-    counting = slice(-CARRYING, None)
-    up[counting, CONSTANT] = 1 / constant
+    sums = [x + output(m) for x, m in zip(hidden, mixed.split([len(x) for x in hidden]), strict=True)]
+    _keep_level(layer.attn_ln, sums)
+    up[-CARRYING:, CONSTANT] = 1 / constant
     up[-CARRYING : -CARRYING + 2, GAIN], up[-CARRYING : -CARRYING + 2, CONSTANT] = 1.0, -gain / constant
     for neuron, sign in ((0, 1.0), (1, -1.0)):
         gate[neuron - CARRYING, RARE], gate[neuron - CARRYING, CONSTANT] = sign, sign * usual_rarity / constant
@@ -106,12 +103,9 @@ def place_counting(student: Student, batches: Sequence[Batch], usual_rarity: flo
         up[2 * number : 2 * number + 2, CONSTANT] = 1 / constant
         gate[2 * number, channel], gate[2 * number + 1, channel] = 1.0, -1.0
         down[channel, 2 * number], down[channel, 2 * number + 1] = -1.0, 1.0
-    takes_off_count = gate[-2:].clone()
-    gate[:, STANDING[1]] -= (
-        _SILENT / pattern * gate.any(1)
-    )  # none answers to special tokens, but those that take off the count
-    gate[-2:] = takes_off_count
-    states = [layer.attn_ln(x + output(m)) for x, m in zip(hidden, mixed.split([len(x) for x in hidden]), strict=True)]
+    silent = gate[:-2]  # none answers to special tokens, but those that take off the count
+    silent[:, STANDING[1]] -= _SILENT / pattern * silent.any(1)
+    states = [layer.attn_ln(x) for x in sums]
     layer.mlp_ln.weight.copy_(weight)
     layer.mlp_ln.bias.copy_(bias)
     _keep_level(layer.mlp_ln, [x + layer.mlp["down_proj"](layer.neurons(x)) for x in states])
@@ -120,7 +114,7 @@ def place_counting(student: Student, batches: Sequence[Batch], usual_rarity: flo
 
 def _keep_level(norm: torch.nn.LayerNorm, sums: Sequence[Tensor]) -> None:
     """Undo what a LayerNorm does to states that are normed already, but for a few channels: on average."""
-    read = torch.cat(list(sums))
+    read = torch.cat(tuple(sums))
     level, deviation = read.mean(1).mean(), read.std(1, unbiased=False).mean()
     constant = norm.bias[CONSTANT].clone()
     norm.bias += norm.weight * level
@@ -147,9 +141,9 @@ def _place_heads(layer: Layer, ordinary: Tensor, first: Tensor) -> None:
         like = _LIKE[head % len(_LIKE)]
         sink = like + math.log(SATURATION * (1 - LENGTHS))
         rows = {part: number * width + head * size for number, part in enumerate("qkv")}
+        scale = (like * size**0.5 / len(places)) ** 0.5 / sign
         for part in "qk":
             for place, channel in zip(places, CODED, strict=True):
-                scale = (like * size**0.5 / len(places)) ** 0.5 / sign
                 projection.weight[rows[part] + place, channel] = scale
                 # Marks have the same in this channel: so they have no code.
                 projection.weight[rows[part] + place, STANDING[STANDING.index(channel) % 2]] = -scale

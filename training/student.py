@@ -75,15 +75,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Apply the layer to packed tokens: (tokens, C) -> the same."""
         hidden = self.attn_ln(hidden + self.attention["o_proj"](self.mixed(hidden, cos, sin, batch)))
-        if not self.carrying:
-            return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
-        # The same, but what few neurons do is added instead of put beside the others: a pass over memory less.
-        (up, gate), down = self.mlp["up_gate_proj"].weight.chunk(2), self.mlp["down_proj"]
-        plain = functional.gelu(functional.linear(hidden, gate[:-CARRYING]))
-        carrying = functional.gelu(functional.linear(hidden, gate[-CARRYING:]))
-        carrying = carrying * functional.linear(hidden, up[-CARRYING:])
-        added = functional.linear(plain, down.weight[:, :-CARRYING], down.bias)
-        return self.mlp_ln(hidden + added + functional.linear(carrying, down.weight[:, -CARRYING:]))
+        return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
 
     def mixed(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Return what the attention's output projection reads: (tokens, C) -> the same."""
