@@ -3,6 +3,7 @@
     python benchmarks/speed.py            # everything, all rounds
     python benchmarks/speed.py --quick    # a few minutes, without the slowest peers and documents
     python benchmarks/speed.py --workloads query queries --add    # some workloads, added to the results there are
+    python benchmarks/speed.py --device cuda --name speed-gpu    # on a GPU: more texts, documents as long as in mGTE's paper
 
 Every measurement is a fresh process that loads, warms up and runs the workloads; the processes of one round follow each
 other, and rounds repeat, so that a slow phase of the machine hits all alike. Medians over rounds are printed as a table and
@@ -53,14 +54,27 @@ PEERS = {
     "sentence-transformers float32": (("sentence_transformers",), False, ("query", "queries", "passages")),
     "sentence-transformers as it comes": (("sentence_transformers",), False, ("query", "passages")),
 }
+GPU_PEERS = {
+    "gte-rag bf16": ((), True, None),
+    "gte-rag float32": ((), True, ("query", "queries", "passages")),
+    "transformers bf16, batch 32 sorted": (("transformers",), True, None),
+    "sentence-transformers bf16": (("sentence_transformers",), True, None),
+    "sentence-transformers as it comes": (("sentence_transformers",), True, None),
+}
 ONE_ROUND = ("sentence-transformers as it comes", "sentence-transformers float32", "transformers eager float32")
 CALM = (
     0.25  # share of the processor's time that other processes may have taken for a measurement to count beside others
 )
+SHAPES = ((768, 2304), (768, 768), (768, 6144), (3072, 768))  # of the network's matrix products
 Encode = Callable[[Sequence[str]], Any]
 
 
-def workloads(tokenizer_file: Path, quick: bool) -> dict[str, list[str]]:
+def peers(device: str) -> dict[str, tuple[tuple[str, ...], bool, tuple[str, ...] | None]]:
+    """Return what is measured on a device."""
+    return PEERS if device == "cpu" else GPU_PEERS
+
+
+def workloads(tokenizer_file: Path, quick: bool, device: str = "cpu") -> dict[str, list[str]]:
     """Make the texts, the same for all: words drawn by a seeded generator from the tokenizer's pieces."""
     import numpy as np
 
@@ -71,6 +85,13 @@ def workloads(tokenizer_file: Path, quick: bool) -> dict[str, list[str]]:
     def text(tokens: int) -> str:
         return " ".join(words[place] for place in random.integers(len(words), size=tokens - 2))
 
+    if device != "cpu":
+        return {
+            "query": [text(int(length)) for length in random.integers(6, 14, size=20)],
+            "queries": [text(int(length)) for length in random.integers(6, 20, size=4096)],
+            "passages": [text(int(length)) for length in random.integers(20, 401, size=4096)],
+            "documents 4.5k": [text(4456) for _ in range(128)],
+        }
     made = {
         "query": [text(int(length)) for length in random.integers(6, 14, size=20)],
         "queries": [text(int(length)) for length in random.integers(6, 20, size=64)],
@@ -82,23 +103,23 @@ def workloads(tokenizer_file: Path, quick: bool) -> dict[str, list[str]]:
     return made
 
 
-def load(peer: str, folder: Path) -> Encode:
+def load(peer: str, folder: Path, device: str = "cpu") -> Encode:
     """Load a peer and return its function from texts to dense vectors."""
     if peer.startswith("gte-rag"):
         from gte_rag import GTEEncoder
 
-        encoder = GTEEncoder.from_pretrained(folder, precision=peer.split()[1], max_length=8192)
+        encoder = GTEEncoder.from_pretrained(folder, precision=peer.split()[1], max_length=8192, device=device)
         return lambda texts: encoder.encode_documents(texts, sparse=False).dense
     if peer.startswith("sentence-transformers"):
-        return _sentence_transformers(peer, folder)
+        return _sentence_transformers(peer, folder, device)
     import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(8192)
     tokenizer.enable_padding(pad_id=1, pad_token="<pad>")  # noqa: S106  # not a password
-    forward = _transformers(peer, folder) if peer.startswith("transformers") else _graph(peer, folder)
-    batch_size = 8 if "batch 8" in peer else 1
+    forward = _transformers(peer, folder, device) if peer.startswith("transformers") else _graph(peer, folder)
+    batch_size = int(peer.split("batch ")[1].split()[0]) if "batch" in peer else 1
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -115,17 +136,17 @@ def load(peer: str, folder: Path) -> Encode:
     return encode
 
 
-def _sentence_transformers(peer: str, folder: Path) -> Encode:
+def _sentence_transformers(peer: str, folder: Path, device: str) -> Encode:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    kwargs = {"float32": torch.float32, "bf16,": torch.bfloat16}.get(peer.split()[1])
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": kwargs} if kwargs else {})
+    kwargs = {"float32": torch.float32, "bf16": torch.bfloat16}.get(peer.split()[1].rstrip(","))
+    model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": kwargs} if kwargs else {})
     options: dict[str, Any] = {"batch_size": 8} if "batch 8" in peer else {}
     return lambda texts: model.encode(list(texts), show_progress_bar=False, **options)
 
 
-def _transformers(peer: str, folder: Path) -> Callable[[Any, Any], Any]:
+def _transformers(peer: str, folder: Path, device: str) -> Callable[[Any, Any], Any]:
     import torch
     from transformers import AutoModel
 
@@ -134,11 +155,12 @@ def _transformers(peer: str, folder: Path) -> Callable[[Any, Any], Any]:
         dtype=torch.bfloat16 if "bf16" in peer else torch.float32,
         attn_implementation="eager" if "eager" in peer else "sdpa",
     ).eval()
+    model.to(device)
 
     def forward(ids: Any, mask: Any) -> Any:  # noqa: ANN401
+        inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
         with torch.inference_mode():
-            hidden = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).last_hidden_state
-            return hidden[:, 0].float().numpy()
+            return model(**inputs).last_hidden_state[:, 0].float().cpu().numpy()
 
     return forward
 
@@ -198,16 +220,16 @@ def export(folder: Path) -> None:
         (folder / "draft-int8.onnx").rename(folder / "model-int8.onnx")
 
 
-def measure(peer: str, folder: Path, quick: bool, chosen_workloads: Sequence[str]) -> dict[str, Any]:
+def measure(peer: str, folder: Path, quick: bool, chosen_workloads: Sequence[str], device: str) -> dict[str, Any]:
     """Load one peer in this process and time its workloads, in seconds per call, and note how busy others were meanwhile."""
     busy, everything = _processor_time()
     start = time.perf_counter()
-    encode = load(peer, folder)
+    encode = load(peer, folder, device)
     encode(["a short text"])
     result: dict[str, Any] = {"load": time.perf_counter() - start, "rss_loaded": _peak_rss(), "seconds": {}}
-    only = PEERS[peer][2]
-    slow = peer in ONE_ROUND
-    for name, texts in workloads(folder / "tokenizer.json", quick).items():
+    only = peers(device)[peer][2]
+    slow = peer in ONE_ROUND and device == "cpu"
+    for name, texts in workloads(folder / "tokenizer.json", quick, device).items():
         if (only is not None and name not in only) or (chosen_workloads and name not in chosen_workloads):
             continue
         if name == "query":
@@ -221,6 +243,10 @@ def measure(peer: str, folder: Path, quick: bool, chosen_workloads: Sequence[str
         if name == "passages":
             result["rss_passages"] = _peak_rss()
     result["rss"] = _peak_rss()
+    if device != "cpu":
+        import torch
+
+        result["gpu"] = torch.cuda.max_memory_allocated()
     busy_after, everything_after = _processor_time()
     if everything_after > everything:
         own = time.process_time()  # since this process began, a moment before the first reading
@@ -248,6 +274,31 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gpu_ceilings(device: str, rows: int = 65_536) -> dict[str, float]:
+    """Measure the network's four matrix products alone on a GPU, in products and sums per second."""
+    import torch
+
+    totals = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        pairs = [
+            (
+                torch.randn(rows, inner, device=device, dtype=dtype),
+                torch.randn(outer, inner, device=device, dtype=dtype),
+            )
+            for inner, outer in SHAPES
+        ]
+        times = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for x, weight in pairs:
+                x @ weight.T
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        totals[name] = sum(2 * rows * inner * outer for inner, outer in SHAPES) / statistics.median(times[2:])
+    return totals
+
+
 def ceilings() -> dict[str, float]:
     """Measure the network's four matrix products alone at 512 rows, in products and sums per second."""
     import torch
@@ -255,12 +306,12 @@ def ceilings() -> dict[str, float]:
     from gte_rag.model import Linear
     from gte_rag.precision import Int8Linear, PackedLinear, quantise, resolve
 
-    shapes, rows = ((768, 2304), (768, 768), (768, 6144), (3072, 768)), 512
-    operations = sum(2 * rows * inner * outer for inner, outer in shapes)
+    rows = 512
+    operations = sum(2 * rows * inner * outer for inner, outer in SHAPES)
     totals: dict[str, list[float]] = {}
     with torch.inference_mode():
         products: dict[str, list[Callable[[], Any]]] = {}
-        for inner, outer in shapes:
+        for inner, outer in SHAPES:
             linear, x = Linear(inner, outer, bias=False), torch.randn(rows, inner)
             low, weight, out = x.bfloat16(), linear.weight.bfloat16(), torch.empty(rows, outer)
             products.setdefault("float32", []).append(lambda x=x, w=linear.weight, out=out: torch.mm(x, w.T, out=out))
@@ -306,8 +357,9 @@ def soak(texts: int) -> dict[str, Any]:
 
 
 def _run(arguments: list[str], keep_memory: bool = False) -> Any:  # noqa: ANN401
+    path = [HERE.parent, HERE, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = os.environ | (KEEP_MEMORY if keep_memory else {})
-    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(  # noqa: S603
         [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -317,7 +369,7 @@ def _run(arguments: list[str], keep_memory: bool = False) -> Any:  # noqa: ANN40
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _machine() -> dict[str, str]:
+def _machine(device: str) -> dict[str, str]:
     model = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -335,8 +387,11 @@ def _machine() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    import torch
+
     return {
         "processor": f"{model}, {os.cpu_count()} cores",
+        **({"GPU": torch.cuda.get_device_name()} if device != "cpu" else {}),
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
         "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
@@ -357,32 +412,37 @@ def main() -> None:
     parser.add_argument("--one-way", action="store_true", help="not also with a malloc that keeps memory")
     parser.add_argument("--soak", type=int, default=0, help="also stream this many passages and record memory")
     parser.add_argument("--name", default="speed", help="name of the files in benchmarks/results")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         jobs: dict[str, Callable[[], Any]] = {
-            "ceilings": ceilings,
+            "ceilings": ceilings if options.device == "cpu" else lambda: gpu_ceilings(options.device),
             "soak": lambda: soak(options.soak),
             "export": lambda: export(options.checkpoint),
         }
-        job = jobs.get(options.job, lambda: measure(options.job, options.checkpoint, options.quick, options.workloads))
+        job = jobs.get(
+            options.job,
+            lambda: measure(options.job, options.checkpoint, options.quick, options.workloads, options.device),
+        )
         print(f"\n{json.dumps(job())}")
         return
     sys.path.insert(0, str(HERE.parent))
     from base_checkpoint import write
 
     folder = write(options.checkpoint)
-    names = [name for name in PEERS if not options.only or any(word in name for word in options.only)]
+    there = peers(options.device)
+    names = [name for name in there if not options.only or any(word in name for word in options.only)]
     names = [
         name
         for name in names
-        if (PEERS[name][1] or not options.quick)
-        and all(importlib.util.find_spec(package) is not None for package in PEERS[name][0])
+        if (there[name][1] or not options.quick)
+        and all(importlib.util.find_spec(package) is not None for package in there[name][0])
     ]
-    common = ["--checkpoint", str(folder), *(["--quick"] if options.quick else [])]
+    common = ["--checkpoint", str(folder), "--device", options.device, *(["--quick"] if options.quick else [])]
     if options.workloads:
         common += ["--workloads", *options.workloads]
-        names = [name for name in names if PEERS[name][2] is None or set(options.workloads) & set(PEERS[name][2])]
+        names = [name for name in names if not set(options.workloads).isdisjoint(there[name][2] or options.workloads)]
     if any(name.startswith(("onnx", "openvino")) for name in names):
         _run(["--job", "export", *common])
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -391,12 +451,16 @@ def main() -> None:
         for name, speed in (_run(["--job", "ceilings", *common]) or {}).items():
             limits.setdefault(name, []).append(speed)
         for name in names:
-            if turn and name in ONE_ROUND:
+            if turn and name in ONE_ROUND and options.device == "cpu":
                 continue
             # Other packages are measured both ways; this one as it comes.
             ways = (
                 (False,)
-                if name.startswith("gte-rag") or name in ONE_ROUND or options.quick or options.one_way
+                if name.startswith("gte-rag")
+                or name in ONE_ROUND
+                or options.quick
+                or options.one_way
+                or options.device != "cpu"
                 else (False, True)
             )
             for keep in ways:
@@ -404,7 +468,7 @@ def main() -> None:
                 if result is not None:
                     measured.setdefault(name + (" (malloc keeps memory)" if keep else ""), []).append(result)
                     print(f"round {turn + 1}  {name}{' +malloc' if keep else ''}  {result['seconds']}", file=sys.stderr)
-    machine = _machine()
+    machine = _machine(options.device)
     earlier = RESULTS / f"{options.name}.json"
     commands = [machine.pop("command")]
     if options.add and earlier.is_file():
@@ -414,7 +478,7 @@ def main() -> None:
             measured[name] = peer["all"] + measured.get(name, [])
         for name, speeds in kept["all_ceilings"].items():
             limits[name] = speeds + limits.get(name, [])
-    report = _summarise(measured, limits, folder, options.quick)
+    report = _summarise(measured, limits, folder, options.quick, options.device)
     report["all_ceilings"] = limits
     report["machine"] = machine | {"commands": commands}
     if options.add and earlier.is_file() and "soak" in kept:
@@ -431,7 +495,7 @@ def main() -> None:
 
 
 def _summarise(
-    measured: dict[str, list[dict[str, Any]]], limits: dict[str, list[float]], folder: Path, quick: bool
+    measured: dict[str, list[dict[str, Any]]], limits: dict[str, list[float]], folder: Path, quick: bool, device: str
 ) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
@@ -440,21 +504,21 @@ def _summarise(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     lengths = {
         name: [len(one.ids) for one in tokenizer.encode_batch(texts)]
-        for name, texts in workloads(folder / "tokenizer.json", quick).items()
+        for name, texts in workloads(folder / "tokenizer.json", quick, device).items()
     }
     per_token = 2 * LAYERS * HIDDEN * (4 * HIDDEN + 3 * FFN)
     operations = {
         name: sum(length * per_token + 4 * LAYERS * HIDDEN * length**2 for length in counts)
         for name, counts in lengths.items()
     }
-    peers: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, results in measured.items():
         seconds = {
             workload: statistics.median(result["seconds"][workload] for result in _calm(results, workload))
             for workload in lengths
             if any(workload in result["seconds"] for result in results)
         }
-        peers[name] = {
+        summary[name] = {
             "seconds": seconds,
             "tokens_per_second": {
                 workload: sum(lengths[workload]) / spent for workload, spent in seconds.items() if workload != "query"
@@ -464,7 +528,7 @@ def _summarise(
             },
             **{
                 key: statistics.median(result[key] for result in results if key in result)
-                for key in ("load", "rss_loaded", "rss_passages", "rss", "others")
+                for key in ("load", "rss_loaded", "rss_passages", "rss", "gpu", "others")
                 if any(key in result for result in results)
             },
             "all": results,
@@ -472,7 +536,7 @@ def _summarise(
     return {
         "tokens": {name: sum(counts) for name, counts in lengths.items()},
         "ceilings": {name: statistics.median(speeds) for name, speeds in limits.items()},
-        "peers": peers,
+        "peers": summary,
     }
 
 
@@ -484,8 +548,14 @@ def _calm(results: list[dict[str, Any]], workload: str) -> list[dict[str, Any]]:
 
 def _table(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    lines = [f"# Speed on {machine['processor']}", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
-    lines += ["Matrix products alone, 512 rows, the network's shapes:", ""]
+    lines = [
+        f"# Speed on {machine.get('GPU', machine['processor'])}",
+        "",
+        *(f"- {key}: {value}" for key, value in machine.items()),
+        "",
+    ]
+    rows = "65,536" if "GPU" in machine else "512"
+    lines += [f"Matrix products alone, {rows} rows, the network's shapes:", ""]
     lines += [f"- {name}: {speed / 1e9:.0f} GOP/s" for name, speed in report["ceilings"].items()] + [""]
     names = list(report["tokens"])
     ours = {
@@ -501,7 +571,8 @@ def _table(report: dict[str, Any]) -> str:
     }
     lines += [
         "Tokens per second (one query: milliseconds); in brackets the time relative to this package's best precision. "
-        "Share: operations of the passages, attention included, per second, of the fastest product of that kind. "
+        "Share: operations of the passages (and of the documents on a GPU), attention included, per second, of the fastest "
+        "product of that kind. "
         "Others: processor time that other processes took meanwhile.",
         "",
         "| | " + " | ".join(names) + " | share | others | load s | peak MB |",
@@ -518,13 +589,13 @@ def _table(report: dict[str, Any]) -> str:
             cells.append(f"{value} ({spent / ours[workload]:.2f}x)")
         kind = next((kind for kind in ("int8", "bf16", "float32") if kind in name), None)
         speeds = [speed for limit, speed in report["ceilings"].items() if kind and limit.startswith(kind)]
-        speed = peer["operations_per_second"].get("passages")
-        share = f"{speed / max(speeds):.0%}" if speeds and speed else "–"
+        done = [peer["operations_per_second"].get(name) for name in ("passages", "documents 4.5k")]
+        share = ", ".join(f"{speed / max(speeds):.0%}" for speed in done if speed) if speeds else ""
         cells += [
-            share,
+            share or "–",
             f"{peer.get('others', 0):.0%}",
             f"{peer['load']:.1f}",
-            f"{peer.get('rss_passages', peer['rss']) / 2**20:,.0f}",
+            f"{peer.get('gpu', peer.get('rss_passages', peer['rss'])) / 2**20:,.0f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if report.get("soak"):

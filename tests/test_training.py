@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +21,13 @@ if not TRAINING.is_dir():
     pytest.skip("training/ is part of the repository, not of the sdist", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
+import distil  # noqa: E402
 from alignment import common  # noqa: E402
 from batch import Batch  # noqa: E402
 from counting import place_counting, saturated_counts  # noqa: E402
 from distil import Run  # noqa: E402
 from finish import Finish  # noqa: E402
-from grid import STEPS, coarse, rounded  # noqa: E402
+from grid import EMBEDDING_STEPS, STEPS, coarse, rounded, rounded_words  # noqa: E402
 from heal import (  # noqa: E402
     SLOTS,
     Lesson,
@@ -36,6 +39,7 @@ from heal import (  # noqa: E402
     tell_apart,
 )
 from mixture import Texts  # noqa: E402
+from packed import Drawn, Mixture, first_ones, lengths, likes_together, pack, tokenized  # noqa: E402
 from prepare import statistics  # noqa: E402
 from student import (  # noqa: E402
     CARRYING,
@@ -54,6 +58,8 @@ from student import (  # noqa: E402
     turns,
 )
 from teacher import Teacher  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from vocabulary import SPECIALS, build  # noqa: E402
 
 
 class Tokens:
@@ -65,7 +71,7 @@ class Tokens:
 
 
 def test_attention_stays_within_a_text_whatever_the_lengths() -> None:
-    batch = Batch([[5, 6, 7], [8], [9, 10]])
+    batch = Batch.of([[5, 6, 7], [8], [9, 10]])
     q, k, v = torch.randn(3, 6, 2, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
     mixed = batch.attend(q, k, v)
     for rows in (slice(0, 3), slice(3, 4), slice(4, 6)):
@@ -83,7 +89,7 @@ def test_the_student_computes_what_the_encoder_computes(encoder: GTEEncoder) -> 
     assert not left.unexpected_keys
     texts = ["Peking ist die Hauptstadt Chinas.", "bread"]
     with torch.inference_mode():
-        batch = Batch([encoder.tokenizer.encode(text).ids for text in texts])
+        batch = Batch.of([encoder.tokenizer.encode(text).ids for text in texts])
         states = student(batch)[-1]
     dense = torch.nn.functional.normalize(states[batch.first], dim=1).numpy()
     expected = encoder.encode_documents(texts).dense
@@ -107,6 +113,188 @@ def test_spans_end_where_the_student_stops_reading() -> None:
     spans = common([Tokens((0, 2), (2, 4), (4, 6))], [Tokens((0, 2), (2, 6))], [4])
     assert spans.student.tolist() == [-1, 0, -1, -1]  # the teacher's second token reaches beyond
     assert spans.teacher.tolist() == [-1, 0, -1, -1]
+
+
+WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "far", "away", "und", "die", "katze", "lief"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[Tokenizer, Tokenizer]:
+    """A student's tokenizer, lower-cased, and a teacher's that knows longer pieces."""
+    letters = [chr(code) for code in range(97, 123)]
+    small = [*SPECIALS, "▁", *letters, *(f"▁{word[:2]}" for word in WORDS)]
+    large = [
+        *SPECIALS, "▁", *letters, *map(str.upper, letters), *(f"▁{form}" for word in WORDS for form in (word, word.title()))
+    ]  # fmt: skip
+    small, large = (list(dict.fromkeys(pieces)) for pieces in (small, large))
+    scores = [[0.0] * 4 + [-10.0 + len(piece) for piece in pieces[4:]] for pieces in (small, large)]
+    return build(small, scores[0], lowercase=True), build(large, scores[1])
+
+
+def test_packed_texts_start_tokens_of_both_at_the_same_characters(tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
+    texts = ["The cat sat", "ran", "", "   ", "Die Katze lief far away", "xyz cat", " ".join(["Dog"] * 400)]
+    mine, its = tokenized(texts, *tokenizers)
+    for text, (start, stop), (its_start, its_stop) in zip(
+        texts, mine.first.unfold(0, 2, 1).tolist(), its.first.unfold(0, 2, 1).tolist(), strict=True
+    ):
+        read = []
+        for tokenizer, tokens in zip(
+            tokenizers, (mine.tokens[start:stop], its.tokens[its_start:its_stop]), strict=True
+        ):
+            flags = (tokens >= 1 << 20).long().cumsum(0).tolist()
+            pieces: dict[int, str] = {}
+            for flag, token in zip(flags, (tokens & ((1 << 20) - 1)).tolist(), strict=True):
+                pieces[flag] = pieces.get(flag, "") + (tokenizer.id_to_token(token) or "")
+            read.append([piece.lower() for piece in pieces.values()])
+        assert read[0] == read[1]  # the same characters between two starts
+        assert "".join(read[0]).replace("▁", " ").strip() == " ".join(text.lower().split())[: len("".join(read[0])) - 1]
+    assert lengths(mine)[2:4].tolist() == [0, 0]
+    assert lengths(mine)[-1] == 320  # of two pieces a word
+    assert lengths(its)[-1] == 160
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizers: tuple[Tokenizer, Tokenizer]) -> dict[str, Any]:
+    """A training folder of two languages, packed."""
+    zstandard = pytest.importorskip("zstandard")
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+
+    def text(words: int) -> str:
+        return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=words))
+
+    files = {
+        "mono/en.txt.zst": sorted({text(6) for _ in range(300)}),
+        "mono/de.txt.zst": sorted({text(9) for _ in range(40)}),
+        "qa_pairs/some.en.tsv.zst": [f"{text(4)} here\t{text(30)}" for _ in range(150)],
+        "parallel/ntrex128.tsv.zst": [f"en\tde\t{text(8)}\t{text(8)}" for _ in range(120)],
+    }
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(zstandard.compress("\n".join(rows).encode()))
+    packed: dict[str, Any] = pack(folder, *tokenizers, most=200)
+    return packed
+
+
+def read(drawn: Drawn, tokenizers: tuple[Tokenizer, Tokenizer]) -> list[list[str]]:
+    """Return drawn texts as the student and as the teacher reads them."""
+    sides = []
+    for tokenizer, batch in zip(tokenizers, (drawn.mine, drawn.its), strict=True):
+        rows = batch.ids.split(batch.lengths.tolist())
+        assert all(row[0] == 0 and row[-1] == 2 for row in rows)
+        sides.append([tokenizer.decode(row.tolist()).lower() for row in rows])
+    return sides
+
+
+def test_a_mixture_draws_texts_that_both_read_alike(
+    corpus: dict[str, Any], tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    mixture = Mixture(corpus, torch.device("cpu"), seed=0)
+    seen = []
+    for _ in range(20):
+        drawn = mixture.texts(400)
+        mine, its = read(drawn, tokenizers)
+        assert mine == its
+        assert len(drawn.mine.ids) <= 400
+        seen += drawn.language.tolist()
+        spans = drawn.spans
+        assert spans.student.max() == spans.teacher.max() == spans.count - 1
+        ends = [batch.ids < len(SPECIALS) for batch in (drawn.mine, drawn.its)]
+        assert (spans.student[ends[0]] == -1).all()
+        assert (spans.teacher[ends[1]] == -1).all()
+        # A span lies in one text, the same on both sides.
+        of = [torch.full((spans.count,), -1) for _ in range(2)]
+        of[0][spans.student[~ends[0]]] = drawn.mine.text[~ends[0]]
+        of[1][spans.teacher[~ends[1]]] = drawn.its.text[~ends[1]]
+        assert torch.equal(*of)
+        assert (of[0] >= 0).all()
+    assert set(seen) == {0, 1}
+
+
+def test_a_mixture_draws_pairs_of_one_source_without_repeats(
+    corpus: dict[str, Any], tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    mixture = Mixture(corpus, torch.device("cpu"), seed=1)
+    kinds = set()
+    for _ in range(20):
+        first, second = mixture.pairs(2000)
+        assert len(first.mine.lengths) == len(second.mine.lengths) > 1
+        for side in (first, second):
+            mine, its = read(side, tokenizers)
+            assert mine == its
+            assert len(set(mine)) == len(mine)
+        assert len(first.mine.ids) + len(second.mine.ids) <= 2000
+        kinds.add((first.language.unique().tolist() == second.language.unique().tolist(), len(first.language.unique())))
+    assert kinds == {(True, 1), (False, 1)}  # questions and passages, or translations
+
+
+def test_long_documents_are_several_texts_to_the_teacher(
+    corpus: dict[str, Any], tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    mixture = Mixture(corpus, torch.device("cpu"), seed=2)
+    for _ in range(5):
+        drawn = mixture.long(6000)
+        mine, its = read(drawn, tokenizers)
+        assert drawn.its.lengths.max() <= 512
+        assert 500 < drawn.mine.lengths.min() <= drawn.mine.lengths.max() <= 4096
+        for text, whole in enumerate(mine):
+            parts = [part for part, of in zip(its, drawn.part_of.tolist(), strict=True) if of == text]
+            assert " ".join(parts) == whole
+
+
+def test_values_are_kept_where_they_come_first() -> None:
+    assert first_ones(torch.tensor([7, 3, 7, 9, 3])).tolist() == [0, 1, 3]
+
+
+def test_passages_that_share_words_stand_together(tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
+    texts = [
+        f"{topic} {topic} {'away' if i % 3 else 'far'}" for i in range(20) for topic in ("cat", "katze", "mat", "dog")
+    ]
+    mine, _ = tokenized(texts, *tokenizers)
+    order = likes_together(mine, torch.arange(len(texts)))
+    assert sorted(order.tolist()) == list(range(len(texts)))
+    topics = [texts[i].split()[0] for i in order.tolist()]
+    assert sum(a != b for a, b in itertools.pairwise(topics)) <= 15  # of 79; 59 by chance
+
+
+@pytest.mark.parametrize("kind", ["text", "pair", "long"])
+def test_every_kind_of_step_has_gradients(
+    kind: str, corpus: dict[str, Any], tokenizers: tuple[Tokenizer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    teacher = small_teacher(pieces=tokenizers[1].get_vocab_size())
+    teacher.weights["emb.pos"] = 0.05 * torch.randn(512, 384)
+    monkeypatch.setattr(distil, "Teacher", lambda: teacher)
+    pieces = tokenizers[0].get_vocab_size()
+    shape = {
+        "vocab_size": pieces, "hidden_size": 384, "num_layers": 5, "num_heads": 12, "intermediate_size": 512,
+        "type_vocab_size": 0, "rope_theta": 1e10, "rope_scaling": {"kind": "none", "factor": 1.0},
+    }  # fmt: skip
+    student = Student(distil.config_from(shape))
+    words = coarse(torch.randn(pieces, 384), EMBEDDING_STEPS, per_row=True)
+    start = {
+        "shape": shape,
+        "weights": student.state_dict() | {"word_embeddings.weight": words},
+        "layers": [0, 1, 2],
+        "mean": torch.zeros(384),
+        "projection": torch.eye(384),
+        "rarities": {language: torch.rand(pieces) for language in ("de", "en")},
+    }
+    run = Run(start, corpus, torch.device("cpu"), seed=0)
+    run.start_classifier(tokens=500)
+    with (
+        rounded(run.student.layers[FIRST:], True, eight_bits=True),
+        rounded_words(run.student.word_embeddings, words, True),
+    ):
+        value, figures = run.long_loss(2000) if kind == "long" else getattr(run, f"{kind}_loss")(1500, 1.0)
+        value.backward()
+    assert value.isfinite()
+    assert figures.isfinite().all()
+    for name, parameter in run.student.named_parameters():
+        trained = not name.startswith("layers.0.") and not (kind == "long" and name.startswith("classifier"))
+        assert (parameter.grad is not None) == trained, name
+    assert run.student.word_embeddings.weight.grad is not None
+    assert not run.student.word_embeddings.weight.grad[:, OWN].any()
 
 
 def test_a_sum_of_cosines_of_the_distance_is_found_again() -> None:
@@ -199,11 +387,11 @@ def test_the_first_layer_counts_and_leaves_everything_else_alone(encoder: GTEEnc
     lengths = torch.randint(5, 60, (60,), generator=generator).tolist()
     token_ids = [[0, *torch.randint(4, 60, (length,), generator=generator).tolist(), 2] for length in lengths]
     student = small_student(teacher, encoder.config, token_ids)
-    batch = Batch(token_ids)
+    batch = Batch.of(token_ids)
     ordinary = batch.ids > 3
     with torch.inference_mode():
         before = student.embeddings_ln(student.word_embeddings(batch.ids))[ordinary]
-        told = place_counting(student, [Batch(token_ids)], RARE_SCALE * 0.6)
+        told = place_counting(student, [Batch.of(token_ids)], RARE_SCALE * 0.6)
         words = student.embeddings_ln(student.word_embeddings(batch.ids))
         after = student.layers[0](words, *turns(batch, student.frequencies), batch)[ordinary]
     assert told > 0.8  # of the variance of the factors; without the code by which tokens know their like: below 0.3
@@ -217,7 +405,7 @@ def test_the_first_layer_counts_and_leaves_everything_else_alone(encoder: GTEEnc
 
 
 def test_a_saturated_count_is_that_of_bm25() -> None:
-    batch = Batch([[0, 7, 7, 8, 2], [0, 7, 2]])
+    batch = Batch.of([[0, 7, 7, 8, 2], [0, 7, 2]])
     c, n = torch.tensor([2.0, 2.0, 1.0, 1.0]), torch.tensor([5.0, 5.0, 5.0, 3.0])
     torch.testing.assert_close(saturated_counts(batch)[batch.ids > 3], c / (c + 0.3 + 0.7 * n / 150))
 
@@ -226,7 +414,7 @@ def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_cha
     teacher = small_teacher()
     generator = torch.Generator().manual_seed(1)
     token_ids = [[0, *torch.randint(4, 60, (7,), generator=generator).tolist(), 2] for _ in range(80)]
-    batch = Batch(token_ids)
+    batch = Batch.of(token_ids)
     student = small_student(teacher, encoder.config, token_ids)
     place_counting(student, [batch], RARE_SCALE * 0.6)
     for linear in (student.layers[n].attention["o_proj"] for n in range(FIRST, FIRST + 3)):
@@ -237,7 +425,7 @@ def test_a_healed_student_carries_rarity_and_has_special_tokens_of_their_own_cha
     for start in range(0, 80, 10):
         few = slice(start, start + 10)
         spans = common(encodings[few], encodings[few], [9] * 10)
-        lessons.append(Lesson(Batch(token_ids[few]), Batch(token_ids[few]), spans, {}))
+        lessons.append(Lesson(Batch.of(token_ids[few]), Batch.of(token_ids[few]), spans, {}))
     missed = heal(student, teacher, [0, 1, 2], lessons)
     assert missed[-1] < 0.5
     with torch.inference_mode():
@@ -310,9 +498,12 @@ def test_the_last_layer_on_kept_states_is_the_whole_student(encoder: GTEEncoder)
     run.device, run.dtype = torch.device("cpu"), torch.float32
     token_ids = [[0, 7, 8, 2], [0, 9, 2]]
     finish = Finish(run)
-    kept = finish.example(token_ids, torch.zeros(2, 384), ["de", "en"])
+    run.tokens = 0
+    kept = finish.example(Batch.of(token_ids), torch.zeros(2, 384), torch.tensor([0, 1]))
     with torch.inference_mode():
-        torch.testing.assert_close(finish.apply(kept), run.student(Batch(token_ids))[-1], atol=5e-3, rtol=0)  # float16
+        torch.testing.assert_close(
+            finish.apply(kept), run.student(Batch.of(token_ids))[-1], atol=5e-3, rtol=0
+        )  # float16
     finish.apply(kept)[kept.batch.first].sum().backward()
     assert finish.layers[-1].attention["o_proj"].weight.grad is not None
     assert run.student.word_embeddings.weight.grad is None

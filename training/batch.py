@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
 _LONG = 512  # tokens of a text from which on its scores are not kept
 _STEP = 16  # lengths are padded to multiples of this: every new shape of a product costs a preparation
 
@@ -20,25 +25,40 @@ class Batch:
         positions: int64 (tokens,), the position of every token in its text.
         text: int64 (tokens,), the text of every token.
         first: int64 (texts,), where each text begins.
+        lengths: int64 (texts,), tokens of each.
     """
 
-    def __init__(self, token_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
-        lengths = torch.tensor([len(ids) for ids in token_ids])
-        self.first = (lengths.cumsum(0) - lengths).to(device)
-        self.text = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
-        self.ids = torch.tensor([token for ids in token_ids for token in ids], device=device)
-        self.positions = torch.arange(len(self.ids), device=device) - self.first[self.text]
-        self.lengths = lengths.to(device)
-        self._longest = -(-int(lengths.max()) // _STEP) * _STEP
+    def __init__(self, ids: Tensor, lengths: Tensor) -> None:
+        """Take token ids of all texts in a row, and how many each text has; both int64, on one device."""
+        device = ids.device
+        self.ids, self.lengths = ids, lengths
+        ends = lengths.cumsum(0)
+        self.first = ends - lengths
+        self.text = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(ids))
+        self.positions = torch.arange(len(ids), device=device) - self.first[self.text]
+        self._ends = functional.pad(ends, (1, 0)).int()
+        self._longest = int(lengths.max())
+        if device.type == "cpu":
+            self._longest = -(-self._longest // _STEP) * _STEP
         self._even = bool((lengths == self._longest).all())
         self._places = self.text * self._longest + self.positions
-        self._padding = torch.arange(self._longest, device=device) >= self.lengths[:, None]
+        self._padding = torch.arange(self._longest, device=device) >= lengths[:, None]
+
+    @classmethod
+    def of(cls, token_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
+        """Pack the token ids of texts."""
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
+        return cls(torch.tensor([token for ids in token_ids for token in ids], device=device), lengths)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let the tokens of each text attend to each other: (tokens, heads, C / heads) three times -> (tokens, C)."""
+        if q.device.type == "cuda" and q.dtype != torch.float32 and varlen_attn is not None:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            mixed: Tensor = varlen_attn(q, k, v, self._ends, self._ends, self._longest, self._longest)
+            return mixed.flatten(1)
         q, k, v = (self._padded(x) for x in (q, k, v))
         mask = None if self._even else ~self._padding[:, None, None, :]
-        if self._longest > _LONG or q.device.type != "cpu":
+        if self._longest > _LONG or q.device.type != "cpu" or not q.requires_grad:
             mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:  # on a CPU the fused kernel's gradients take several times as long as plain products
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import zstandard
-
 
 class Pair(NamedTuple):
     """Two texts that belong together: a question and its passage, or a sentence and its translation."""
@@ -30,6 +28,8 @@ class Pair(NamedTuple):
 
 def lines(path: Path) -> Iterator[str]:
     """Read a compressed file line by line."""
+    import zstandard  # only here: what is packed can be trained on without it
+
     with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
         for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
             yield line.rstrip("\n")

@@ -12,7 +12,9 @@ Every step is one of three kinds:
 
 The sparse weight of a token starts as its rarity in its language, then contrast takes over.
 
-    python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
+In the last part of the run the layers compute with weights on the grid of `export.py`, and read hidden states as int8 does.
+
+    python training/distil.py --corpus corpus.pt --start start.pt --out run/ --minutes 9 --device cuda
     torchrun --standalone --nproc-per-node 2 training/distil.py ...      # one process a core: other programs disturb it less
 
 Resumes from `--out` by itself; the learning rate falls to zero at the end of the time.
@@ -22,21 +24,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from alignment import Spans, common
+from alignment import Spans
 from batch import Batch
 from counting import saturated_counts
-from grid import rounded
-from mixture import RARITY_POWER, Pairs, Text, Texts, long_document, seeded, text_batches
+from grid import rounded, rounded_words
+from mixture import RARITY_POWER, seeded
+from packed import Drawn, Mixture
 from student import FIRST, OWN, Student, config_from
-from teacher import Teacher, tokenize
-from tokenizers import Encoding, Tokenizer
+from teacher import Teacher
 from torch import Tensor, distributed
 from torch.nn import functional
 from vocabulary import SPECIALS
@@ -46,26 +47,26 @@ from gte_rag.precision import resolve
 DIMENSIONS = {96: 1.0, 192: 1.0, 384: 1.0}  # prefix: weight in the loss
 _PAIRS, _LONG = 0.4, 0.03  # shares of steps
 _TEMPERATURE = 0.05
-_SIMILARITY = 0.15  # weight of the divergence of similarities
-_CONTRAST, _SPARSE, _RARITY = 0.1, 0.15, 0.5
+_SIMILARITY = 0.3  # weight of the divergence of similarities
+_CONTRAST, _SPARSE = 0.1, 0.15
+RARITY = 0.5  # weight of what keeps sparse weights near rarities
 _STATES = 1.0  # weight of the token states
 _EVERY = 4  # states are compared after every fourth layer
 _USUAL_FACTOR = 0.6  # of BM25's saturated counts: so sparse weights stay about as large as rarities
 _CLIP = 1.0
+_NOTED, _SAVED = 20, 240  # seconds
 _WARM = 100  # steps until the learning rates are reached
-ROUNDED_FROM = 0.7  # share of the run from which on the layers are rounded as `export.py` will
+ROUNDED_FROM = 0.8  # share of the run from which on the layers are rounded as `export.py` will
 _BETAS = (0.9, 0.99)
 
 
 class Run:
     """Models, data and the loss of each kind of step."""
 
-    def __init__(self, start: dict[str, Tensor], folder: Path, longest: int, device: torch.device) -> None:
-        """Read the data and build the models from what `prepare.py` wrote."""
-        self.longest, self.device = longest, device
+    def __init__(self, start: dict[str, Any], corpus: dict[str, Any], device: torch.device, seed: int) -> None:
+        """Build the models from what `prepare.py` wrote, and draw from what `packed.py` did."""
+        self.device, self.tokens = device, 0
         self.mean, self.projection = start["mean"].to(device), start["projection"].to(device)
-        self.tokenizer = Tokenizer.from_str(start["tokenizer"])
-        self.teacher_tokenizer = Tokenizer.from_str(start["teacher_tokenizer"])
         self.dtype = torch.bfloat16 if resolve("auto", device) == "bf16" else torch.float32
         self.teacher = Teacher()
         self.teacher.prepare(self.dtype, device)
@@ -77,32 +78,25 @@ class Run:
         self.scale = torch.nn.Parameter(
             torch.tensor(1.0, device=device)
         )  # log of a sparse score's worth in the contrast
-        self.texts = Texts(folder)
-        self.pairs = Pairs(folder, self.tokenizer)
-        rare: dict[str, Tensor] = start["rarities"]
-        self.rare = {language: values.float().to(device) ** RARITY_POWER for language, values in rare.items()}
+        self.mixture = Mixture(corpus, device, seed)
+        self.rare = torch.stack([start["rarities"][language] for language in self.mixture.languages]).to(device)
 
-    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Batch, list[Tensor]]:
-        """Return the texts as a batch, and the student's states after every layer."""
-        batch = Batch(ids, self.device)
+    def encode(self, batch: Batch) -> list[Tensor]:
+        """Return the student's states after every layer."""
+        self.tokens += len(batch.ids)
         with self.autocast():
             states = self.student(batch)
-        return batch, [*states[:-1], states[-1].float()]
+        return [*states[:-1], states[-1].float()]
 
     def autocast(self) -> torch.autocast:
         """Return a context in which products are computed in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def taught(self, texts: Sequence[str], encodings: Sequence[Encoding], lengths: Sequence[int]) -> Targets:
-        """Return what the teacher makes of texts: `lengths` tokens of each in the student's encoding."""
-        its = self.teacher_tokenizer.encode_batch(list(texts))
-        for encoding in its:
-            encoding.truncate(512)
-        batch = Batch([encoding.ids for encoding in its], self.device)
-        states = self.teacher.states(batch)
-        spans = common(encodings, its, lengths, self.device)
-        means = [spans.mean(states[layer], spans.teacher) for _, layer in self.compared]
-        return Targets(self.centred(batch.mean(states[-1])), spans, means)
+    def taught(self, drawn: Drawn) -> Targets:
+        """Return what the teacher makes of texts."""
+        states = self.teacher.states(drawn.its)
+        means = [drawn.spans.mean(states[layer], drawn.spans.teacher) for _, layer in self.compared]
+        return Targets(self.centred(drawn.its.mean(states[-1])), drawn.spans, means)
 
     def centred(self, pooled: Tensor) -> Tensor:
         """Return the teacher's vectors of length 1, centred and projected as `prepare.py` chose."""
@@ -117,23 +111,18 @@ class Run:
             total = total + error.square().mean() / (wanted - wanted.mean(0)).square().mean()
         return total / len(self.compared)
 
-    def rarity(self, hidden: Tensor, batch: Batch, languages: Sequence[str]) -> Tensor:
+    def rarity(self, hidden: Tensor, batch: Batch, language: Tensor) -> Tensor:
         """Return how far the sparse weights are from the rarity of their tokens."""
-        states, rare = self._ordinary(hidden, batch, languages)
+        states, rare = self._ordinary(hidden, batch, language)
         return functional.mse_loss(self.student.classifier(states).squeeze(-1), rare)
 
     @torch.inference_mode()
-    def start_classifier(self, rng: random.Random, size: int = 200) -> None:
+    def start_classifier(self, tokens: int = 20_000) -> None:
         """Let the sparse head begin where it tells best how rare a token is, on some texts."""
-        texts = [self.texts.draw(rng) for _ in range(size)]
-        parts = []
-        for start in range(0, size, 20):
-            few = texts[start : start + 20]
-            batch, states = self.encode(tokenize(self.tokenizer, [text.text for text in few], self.longest))
-            parts.append((states[-1], batch, [text.language for text in few]))
-        self.solve_classifier(parts)
+        few = [self.mixture.texts(tokens // 10) for _ in range(10)]
+        self.solve_classifier([(self.encode(drawn.mine)[-1], drawn.mine, drawn.language) for drawn in few])
 
-    def solve_classifier(self, parts: Sequence[tuple[Tensor, Batch, Sequence[str]]]) -> None:
+    def solve_classifier(self, parts: Sequence[tuple[Tensor, Batch, Tensor]]) -> None:
         """Let the sparse head tell as well as it can how rare a token is, given last states, batches and languages."""
         found = [self._ordinary(*part) for part in parts]
         inputs = functional.pad(torch.cat([states for states, _ in found]), (0, 1), value=1.0).double()
@@ -143,13 +132,10 @@ class Run:
         self.student.classifier.weight.copy_(solution[None, :-1])
         self.student.classifier.bias.copy_(solution[-1:])
 
-    def _ordinary(self, hidden: Tensor, batch: Batch, languages: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _ordinary(self, hidden: Tensor, batch: Batch, language: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states of the tokens that are not special, and what BM25 would weigh each in its text's language."""
         ordinary = (batch.ids >= len(SPECIALS)).nonzero().squeeze(1)
-        rows = {language: row for row, language in enumerate(dict.fromkeys(languages))}
-        table = torch.stack([self.rare[language] for language in rows])
-        row = torch.tensor([rows[language] for language in languages], device=self.device)
-        rare = table[row[batch.text[ordinary]], batch.ids[ordinary]]
+        rare = self.rare[language[batch.text[ordinary]], batch.ids[ordinary]].float() ** RARITY_POWER
         return hidden[ordinary], rare * saturated_counts(batch)[ordinary] / _USUAL_FACTOR
 
     def sparse(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -159,29 +145,23 @@ class Run:
         out = torch.zeros(len(batch.lengths) * size, device=self.device)
         return out.scatter_reduce(0, batch.text * size + batch.ids, weights, "amax").view(-1, size)
 
-    def text_loss(self, texts: Sequence[Text], encodings: Sequence[Encoding], anchor: float) -> tuple[Tensor, Tensor]:
-        """Return the loss of single texts; cosine to the teacher, and the share of the states missed."""
-        lengths = [min(len(encoding.ids), self.longest) for encoding in encodings]
-        return self._learn(texts, encodings, lengths, anchor)[:2]
+    def text_loss(self, tokens: int, hold: float) -> tuple[Tensor, Tensor]:
+        """Return the loss of single texts; cosines to the teacher in `DIMENSIONS`, and the share of the states missed."""
+        return self._learn(self.mixture.texts(tokens), hold)[:2]
 
-    def pair_loss(self, rng: random.Random, size: int, anchor: float) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, tokens: int, hold: float) -> tuple[Tensor, Tensor]:
         """Return the loss of pairs; the shares of them that the dense and the sparse vectors find."""
-        pairs = self.pairs.draw(size, rng)
         value = torch.zeros((), device=self.device)
-        sides = []
-        for texts, longest in (
-            ([Text(pair.first_language, pair.first[:1600]) for pair in pairs], 96),
-            ([Text(pair.second_language, pair.second[:1600]) for pair in pairs], self.longest),
-        ):
-            encodings = self.tokenizer.encode_batch([text.text for text in texts])
-            lengths = [min(len(encoding.ids), longest) for encoding in encodings]
-            loss, _, batch, states, targets = self._learn(texts, encodings, lengths, anchor)
+        sides, languages = [], []
+        for drawn in self.mixture.pairs(tokens):
+            loss, _, states, targets = self._learn(drawn, hold)
             value = value + 0.5 * loss
-            sides.append(Side(states[-1][batch.first], self.sparse(states[-1], batch), targets.vectors))
+            sides.append(Side(states[drawn.mine.first], self.sparse(states, drawn.mine), targets.vectors))
+            languages.append(drawn.language)
         scores, lexical = self.scores(*sides)
-        same = [pair.first_language for pair in pairs] == [pair.second_language for pair in pairs]
+        same = torch.equal(*languages)
         value = value + self.contrast(scores, lexical if same else None, sides[0].target, sides[1].target)
-        return value, shares_found(scores[-1], lexical)
+        return value, shares_found(scores, lexical)
 
     def dense_scores(self, questions: Tensor, passages: Tensor) -> list[Tensor]:
         """Return how well every question's vector fits every passage's, in each of `DIMENSIONS`."""
@@ -210,41 +190,28 @@ class Run:
             value = value + weight * _SIMILARITY * divergence(scores, teacher)
         return value
 
-    def long_loss(self, rng: random.Random, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the loss of a few long documents; their cosine to the mean of their parts, and 0."""
-        ids, target = self.long_documents(rng, tokens)
-        batch, states = self.encode(ids)
-        vectors = states[-1][batch.first]
-        return distillation(vectors, target), torch.stack(
-            [cosine(vectors, target), torch.zeros_like(self.scale.detach())]
-        )
+    def long_loss(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the loss of a few long documents; their cosine to the mean of their parts in each of `DIMENSIONS`."""
+        drawn = self.mixture.long(tokens)
+        target = self.long_target(drawn)
+        vectors = self.encode(drawn.mine)[-1][drawn.mine.first]
+        return distillation(vectors, target), cosines(vectors, target)
 
-    def long_documents(self, rng: random.Random, tokens: int) -> tuple[list[list[int]], Tensor]:
-        """Draw a few long documents: their tokens, and the mean of the targets of their parts."""
-        length = int(2 ** rng.uniform(9.3, 12))
-        documents = [long_document(self.texts, length, rng) for _ in range(max(2, tokens // length))]
-        ids = tokenize(self.tokenizer, [" ".join(parts) for parts in documents], length)
-        targets = []
-        for parts, row in zip(documents, ids, strict=True):
-            pieces = tokenize(self.teacher_tokenizer, [" ".join(parts)], 1 << 20)[0]
-            pieces = pieces[: max(8, len(pieces) * len(row) // len(self.tokenizer.encode(" ".join(parts)).ids))]
-            raw = self.teacher.embed([pieces[i : i + 400] for i in range(0, max(1, len(pieces) - 100), 400)])
-            targets.append(self.centred(raw.to(self.device)).mean(0))
-        return ids, torch.stack(targets)
+    def long_target(self, drawn: Drawn) -> Tensor:
+        """Return the mean of the targets of the parts of each document, as much of each as it has tokens."""
+        parts = self.centred(drawn.its.mean(self.teacher.states(drawn.its)[-1]))
+        sums = torch.zeros(len(drawn.mine.lengths), parts.shape[1] + 1, device=self.device)
+        sizes = drawn.its.lengths[:, None]
+        sums = sums.index_add(0, drawn.part_of, functional.pad(parts, (0, 1), value=1.0) * sizes)
+        return sums[:, :-1] / sums[:, -1:]
 
-    def _learn(
-        self, texts: Sequence[Text], encodings: Sequence[Encoding], lengths: Sequence[int], anchor: float
-    ) -> tuple[Tensor, Tensor, Batch, list[Tensor], Targets]:
-        targets = self.taught([text.text for text in texts], encodings, lengths)
-        ids = [
-            encoding.ids if len(encoding.ids) == length else encoding.ids[: length - 1] + encoding.ids[-1:]
-            for encoding, length in zip(encodings, lengths, strict=True)
-        ]
-        batch, states = self.encode(ids)
-        vectors, missed = states[-1][batch.first], self.missed(states, targets)
-        value = distillation(vectors, targets.vectors) + _STATES * missed
-        value = value + anchor * self.rarity(states[-1], batch, [text.language for text in texts])
-        return value, torch.stack([cosine(vectors, targets.vectors), missed.detach()]), batch, states, targets
+    def _learn(self, drawn: Drawn, hold: float) -> tuple[Tensor, Tensor, Tensor, Targets]:
+        """Return the loss of texts, some figures, the last states and the targets."""
+        targets, states = self.taught(drawn), self.encode(drawn.mine)
+        vectors, missed = states[-1][drawn.mine.first], self.missed(states, targets)
+        rarity = self.rarity(states[-1], drawn.mine, drawn.language)
+        value = distillation(vectors, targets.vectors) + hold * (_STATES * missed + RARITY * rarity)
+        return value, torch.cat([cosines(vectors, targets.vectors), missed.detach()[None]]), states[-1], targets
 
 
 class Side(NamedTuple):
@@ -263,9 +230,9 @@ class Targets(NamedTuple):
     states: list[Tensor]
 
 
-def rarity_weight(share: float) -> float:
-    """Return how much sparse weights are held to rarities when so much of a run is over: less and less."""
-    return _RARITY * (1 - 0.8 * share)
+def holding(share: float) -> float:
+    """Return how much to hold on to the teacher's states and to rarities when so much of a run is over: less and less."""
+    return 1 - 0.8 * share
 
 
 def unit(vectors: Tensor, dimension: int) -> Tensor:
@@ -273,15 +240,16 @@ def unit(vectors: Tensor, dimension: int) -> Tensor:
     return functional.normalize(vectors[:, :dimension], dim=1)
 
 
-def cosine(vectors: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cosine."""
-    return functional.cosine_similarity(vectors.detach(), targets).mean()
+def cosines(vectors: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cosine in each of `DIMENSIONS`."""
+    vectors = vectors.detach()
+    return torch.stack([functional.cosine_similarity(vectors[:, :n], targets[:, :n]).mean() for n in DIMENSIONS])
 
 
-def shares_found(dense: Tensor, lexical: Tensor) -> Tensor:
-    """Return the shares of questions whose passage scores best."""
-    wanted = torch.arange(len(dense), device=dense.device)
-    return torch.stack([(scores.argmax(1) == wanted).float().mean() for scores in (dense, lexical)])
+def shares_found(dense: Sequence[Tensor], lexical: Tensor) -> Tensor:
+    """Return the shares of questions whose passage scores best, by vectors in each of `DIMENSIONS` and by weights."""
+    wanted = torch.arange(len(lexical), device=lexical.device)
+    return torch.stack([(scores.argmax(1) == wanted).float().mean() for scores in (*dense, lexical)])
 
 
 def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
@@ -305,14 +273,13 @@ def distillation(vectors: Tensor, targets: Tensor) -> Tensor:
 def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the training folder")
+    parser.add_argument("--corpus", type=Path, required=True, help="what packed.py wrote")
     parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--state", type=Path, help="what finish.py wrote: weights to start from instead")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=90, help="length of the whole run, resumed parts together")
     parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens of a step, of each process")
-    parser.add_argument("--pairs", type=int, default=40, help="pairs of a step, of each process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--longest", type=int, default=320, help="tokens of the longest text")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--embedding-lr", type=float, default=1e-4, help="0 keeps the teacher's word embeddings")
     parser.add_argument("--seed", type=int, default=1)
@@ -325,17 +292,20 @@ def main() -> None:
         torch.cuda.set_device(device)
     if ranks > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    run = Run(torch.load(args.start, weights_only=True), args.data, args.longest, device)
-    student = run.student
-    last = list(student.layers[-1].parameters())  # it pools, and was not in the teacher
-    body = [*student.layers[:-1].parameters(), *student.embeddings_ln.parameters()]
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file = args.out / "state.pt"
+    saved_state = torch.load(state_file, weights_only=True, map_location=device) if state_file.exists() else None
+    spent, step = (saved_state["spent"], saved_state["step"]) if saved_state else (0.0, 0)
+    start, corpus = (torch.load(path, weights_only=True) for path in (args.start, args.corpus))
+    run = Run(start, corpus, device, args.seed + step + 1000 * rank)
+    student, grid_words = run.student, start["weights"]["word_embeddings.weight"].to(device)
+    body = [*student.layers.parameters(), *student.embeddings_ln.parameters()]
     words = [student.word_embeddings.weight] if args.embedding_lr else []
     student.word_embeddings.weight.requires_grad_(bool(words))
     optimizer = torch.optim.AdamW(
         [
             {"params": words, "lr": args.embedding_lr},
             {"params": body, "lr": args.lr},
-            {"params": last, "lr": 3 * args.lr},
             {"params": [*student.classifier.parameters(), run.scale], "lr": 1e-3},
         ],
         betas=_BETAS,
@@ -344,21 +314,17 @@ def main() -> None:
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [group["lr"] for group in optimizer.param_groups]
-    args.out.mkdir(parents=True, exist_ok=True)
-    state_file = args.out / "state.pt"
-    spent, step, seen = 0.0, 0, 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
-        student.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        run.scale.data = state["scale"]
-        spent, step, seen = state["spent"], state["step"], state["seen"]
+    if saved_state:
+        student.load_state_dict(saved_state["weights"])
+        optimizer.load_state_dict(saved_state["optimizer"])
+        run.scale.data = saved_state["scale"]
+    elif args.state:
+        student.load_state_dict(torch.load(args.state, weights_only=True, map_location=device)["weights"])
     else:
-        run.start_classifier(seeded(args.seed))
+        run.start_classifier()
     if rank == 0:
-        print(f"{len(run.texts.languages)} languages, {run.dtype}, from step {step}", flush=True)
-    kinds, rng = seeded(args.seed + step), seeded(args.seed + step + 1000 * (rank + 1))
-    stream = text_batches(run.texts, run.tokenizer, args.batch_tokens, args.longest, rng)
+        print(f"{len(run.mixture.languages)} languages, {run.dtype}, from step {step}", flush=True)
+    kinds = seeded(args.seed + step)
     notes: dict[str, list[Tensor]] = {"texts": [], "pairs": [], "long": []}
     began = time.monotonic() - spent
     saved = noted = time.monotonic()
@@ -366,20 +332,20 @@ def main() -> None:
         share = spent / (60 * args.minutes)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * min(1.0, (step + 1) / _WARM) * (1 - share)
-        anchor = rarity_weight(share)
+        hold = holding(share)
         draw = kinds.random()
         kind = "pairs" if draw < _PAIRS else "long" if draw < _PAIRS + _LONG else "texts"
-        with rounded(student.layers[FIRST:], share >= ROUNDED_FROM):
+        last_part = share >= ROUNDED_FROM
+        with (
+            rounded(student.layers[FIRST:], last_part, eight_bits=True),
+            rounded_words(student.word_embeddings, grid_words, last_part and bool(words)),
+        ):
             if kind == "texts":
-                texts, encodings = next(stream)
-                value, figures = run.text_loss(texts, encodings, anchor)
-                seen += ranks * len(texts)
+                value, figures = run.text_loss(args.batch_tokens, hold)
             elif kind == "pairs":
-                value, figures = run.pair_loss(rng, args.pairs, anchor)
-                seen += ranks * 2 * args.pairs
+                value, figures = run.pair_loss(args.batch_tokens, hold)
             else:
-                value, figures = run.long_loss(rng, args.batch_tokens)
-                seen += ranks * 2
+                value, figures = run.long_loss(args.batch_tokens)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
         if ranks > 1:
@@ -387,22 +353,24 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         step += 1
-        notes[kind].append(torch.cat([value.detach()[None], figures]).cpu())
+        notes[kind].append(torch.cat([value.detach()[None], figures]))
         del value, figures  # else this step's states live on beside the next one's
         clock = torch.tensor(time.monotonic() - began)
         if ranks > 1:
             distributed.broadcast(clock, 0)
         spent = float(clock)
-        if rank == 0 and time.monotonic() - noted > 60:
+        if rank == 0 and time.monotonic() - noted > _NOTED:
             noted = time.monotonic()
-            means = [f"{k} " + " ".join(f"{x:.3f}" for x in torch.stack(v).mean(0)) for k, v in notes.items() if v]
-            print(f"{spent / 60:6.1f} min  step {step}  seen {seen}  " + "  ".join(means), flush=True)
+            means = [
+                f"{k} " + " ".join(f"{x:.3f}" for x in torch.stack(v).mean(0).tolist()) for k, v in notes.items() if v
+            ]
+            print(f"{spent / 60:6.2f} min  step {step}  {run.tokens * ranks} tokens  " + "  ".join(means), flush=True)
             notes = {kind: [] for kind in notes}
-        if rank == 0 and time.monotonic() - saved > 240:
-            _save(state_file, run, optimizer, spent, step, seen)
+        if rank == 0 and time.monotonic() - saved > _SAVED:
+            _save(state_file, run, optimizer, spent, step)
             saved = time.monotonic()
     if rank == 0:
-        _save(state_file, run, optimizer, spent, step, seen)
+        _save(state_file, run, optimizer, spent, step)
     if ranks > 1:
         distributed.destroy_process_group()
 
@@ -416,10 +384,10 @@ def share_gradients(parameters: Sequence[Tensor], ranks: int) -> None:
         parameter.grad /= ranks
 
 
-def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, spent: float, step: int, seen: int) -> None:
+def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, spent: float, step: int) -> None:
     draft = path.with_suffix(".draft")
     state = {"weights": run.student.state_dict(), "optimizer": optimizer.state_dict(), "scale": run.scale.data}
-    torch.save(state | {"spent": spent, "step": step, "seen": seen}, draft)
+    torch.save(state | {"spent": spent, "step": step}, draft)
     draft.rename(path)
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from distil import DIMENSIONS
-from grid import EMBEDDING_STEPS, STEPS, coarse
-from student import FIRST, OWN, config_from
+from grid import EMBEDDING_STEPS, STEPS, coarse, round_words
+from student import FIRST, config_from
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import SPECIALS
@@ -36,21 +36,6 @@ TOKENIZER_CONFIG = {
     "tokenizer_class": "TokenizersBackend",
     "unk_token": "<unk>",
 }
-
-
-def round_words(words: Tensor, start: Tensor, steps: float) -> Tensor:
-    """Bring word embeddings onto the grid, those that training has changed; what channels `OWN` say is as it was.
-
-    Args:
-        words: float32, (pieces, C).
-        start: On the grid, of the same shape.
-        steps: Of the grid, to a standard deviation.
-    """
-    changed = (words != start).any(1)
-    out = start.clone()
-    out[changed] = coarse(words[changed], steps, per_row=True)
-    out[:, OWN] = start[:, OWN]
-    return out
 
 
 def deflated(folder: Path) -> int:

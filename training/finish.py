@@ -1,7 +1,7 @@
 """Last stage of training: the layer that pools, the sparse head and perhaps some layers below, on states computed once.
 
-    python training/finish.py --data FOLDER --start start.pt --out finished.pt
-    python training/finish.py --data FOLDER --start start.pt --state run/state.pt --out finished.pt    # after distil.py
+    python training/finish.py --corpus corpus.pt --start start.pt --out finished.pt
+    python training/finish.py --corpus corpus.pt --start start.pt --state run/state.pt --out finished.pt    # after distil.py
 
 The layers below stay as they are. So what the first of the `--depth` last ones reads is the same in every epoch, and a step
 costs these instead of all of them and the teacher. The pooling projection and the sparse head are solved for, then both and
@@ -14,22 +14,21 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from batch import Batch, by_length
-from distil import DIMENSIONS, ROUNDED_FROM, Run, Side, distillation, rarity_weight
+from batch import Batch
+from distil import DIMENSIONS, RARITY, ROUNDED_FROM, Run, Side, distillation, holding
 from grid import rounded
 from heal import heal_pooling
-from mixture import Text, seeded
+from mixture import seeded
+from packed import Drawn
 from student import FIRST, turns
-from teacher import tokenize
 from torch import Tensor
 from torch.nn import functional
 
-_QUESTION, _LONG = 96, 4096  # tokens of the longest question and document
 _TOKENS = 4000  # of the texts that pass through together
 _HELD_OUT = 10  # one example in so many
 _BELOW = 0.2  # of the learning rate for layers below the last one, which were the teacher's
@@ -37,12 +36,15 @@ _WARM = 30  # steps until the learning rate is reached
 
 
 class Example(NamedTuple):
-    """Texts: what the trained layers read of them, (tokens, C) in float16, and the teacher's vectors, (texts, C)."""
+    """Texts: what the trained layers read of them, (tokens, C) in float16, the teacher's vectors, (texts, C), and languages.
+
+    Long documents have no languages: sparse weights are not trained on them.
+    """
 
     batch: Batch
     states: Tensor
     target: Tensor
-    languages: list[str]
+    language: Tensor | None
 
 
 class Finish:
@@ -53,41 +55,19 @@ class Finish:
         self.layers = run.student.layers[-depth:]
 
     @torch.no_grad()
-    def example(self, token_ids: Sequence[Sequence[int]], target: Tensor, languages: Sequence[str]) -> Example:
+    def example(self, batch: Batch, target: Tensor, language: Tensor | None) -> Example:
         """Run the layers below."""
-        batch, states = self.run.encode(token_ids)
-        return Example(batch, states[-1 - len(self.layers)].half(), target, list(languages))
+        return Example(batch, self.run.encode(batch)[-1 - len(self.layers)].half(), target, language)
 
-    def tokens(self, texts: Sequence[Text], longest: int) -> list[list[int]]:
-        """Return the student's tokens."""
-        return tokenize(self.run.tokenizer, [text.text for text in texts], longest)
-
-    def taught(self, texts: Sequence[Text], token_ids: Sequence[Sequence[int]]) -> Example:
+    @torch.no_grad()
+    def taught(self, drawn: Drawn) -> Example:
         """Run the layers below and the teacher."""
-        raw = self.run.teacher.embed(tokenize(self.run.teacher_tokenizer, [text.text for text in texts], 512))
-        return self.example(token_ids, self.run.centred(raw.to(self.run.device)), [text.language for text in texts])
+        return self.example(drawn.mine, self.run.taught(drawn).vectors, drawn.language)
 
-    def texts(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
-        """Draw single texts and passages, those of about one length together."""
-        drawn = [self.run.texts.draw(rng) for _ in range(number)]
-        token_ids = self.tokens(drawn, self.run.longest)
-        for group in by_length([len(ids) for ids in token_ids], _TOKENS):
-            yield [self.taught([drawn[text] for text in group], [token_ids[text] for text in group])]
-
-    def pairs(self, rng: random.Random, groups: int, size: int) -> Iterator[list[Example]]:
-        """Draw groups of pairs that share words, as questions and passages."""
-        for _ in range(groups):
-            drawn = self.run.pairs.draw(size, rng)
-            questions = [Text(pair.first_language, pair.first[:1600]) for pair in drawn]
-            passages = [Text(pair.second_language, pair.second[:1600]) for pair in drawn]
-            sides = ((questions, _QUESTION), (passages, self.run.longest))
-            yield [self.taught(texts, self.tokens(texts, longest)) for texts, longest in sides]
-
-    def long(self, rng: random.Random, number: int) -> Iterator[list[Example]]:
-        """Draw long documents, a few at a time."""
-        for _ in range(number):
-            ids, target = self.run.long_documents(rng, _LONG)
-            yield [self.example(ids, target, [])]
+    @torch.no_grad()
+    def long(self, drawn: Drawn) -> Example:
+        """Do that for long documents."""
+        return self.example(drawn.mine, self.run.long_target(drawn), None)
 
     def apply(self, example: Example) -> Tensor:
         """Return the last states, (tokens, C), float32."""
@@ -117,8 +97,8 @@ class Finish:
             states = self.apply(example)
             vectors.append(states[example.batch.first])
             value = value + distillation(vectors[-1], example.target) / len(examples)
-            if example.languages:
-                value = value + anchor * self.run.rarity(states, example.batch, example.languages) / len(examples)
+            if example.language is not None:
+                value = value + anchor * self.run.rarity(states, example.batch, example.language) / len(examples)
         if len(examples) == 2:  # by vectors only: contrasted on these few pairs, sparse weights find less elsewhere
             dense = self.run.dense_scores(*vectors)
             value = value + self.run.contrast(dense, None, examples[0].target, examples[1].target)
@@ -126,14 +106,14 @@ class Finish:
 
     def solve(self, examples: Sequence[Sequence[Example]]) -> None:
         """Solve for the pooling projection and the sparse head."""
-        flat = [example for group in examples for example in group if example.languages]
+        flat = [example for group in examples for example in group if example.language is not None]
         batches = [example.batch for example in flat]
         with torch.inference_mode():
             states = [self.read_by_last(example).float() for example in flat]
         heal_pooling(self.run.student, batches, states, [example.target for example in flat])
         with torch.inference_mode():
             some = flat[:: max(1, len(flat) // 60)]
-            self.run.solve_classifier([(self.apply(example), example.batch, example.languages) for example in some])
+            self.run.solve_classifier([(self.apply(example), example.batch, example.language) for example in some])
 
     @torch.inference_mode()
     def report(self, examples: Sequence[Sequence[Example]]) -> str:
@@ -144,7 +124,7 @@ class Finish:
             if len(group) == 1:
                 vectors, target = states[0][group[0].batch.first], group[0].target
                 row = [functional.cosine_similarity(vectors[:, :n], target[:, :n]).mean() for n in DIMENSIONS]
-                rows["texts" if group[0].languages else "long"].append(torch.stack(row))
+                rows["long" if group[0].language is None else "texts"].append(torch.stack(row))
                 continue
             dense, lexical = self.run.scores(*(self.side(*both) for both in zip(group, states, strict=True)))
             rows["pairs"].append(torch.stack([reciprocal_rank(scores) for scores in (*dense, lexical)]))
@@ -161,10 +141,12 @@ def gather(
     finish: Finish, rng: random.Random, args: argparse.Namespace, say: Callable[[str], None]
 ) -> list[list[Example]]:
     """Draw all examples and run the layers below."""
+    mixture = finish.run.mixture
     with rounded(finish.run.student.layers[FIRST : -len(finish.layers)], True):  # what is read when all is exported
-        examples = list(finish.pairs(rng, args.groups, args.pairs))
+        examples = [[finish.taught(side) for side in mixture.pairs(args.pair_tokens)] for _ in range(args.groups)]
         say(f"{len(examples)} groups of pairs")
-        examples += [*finish.texts(rng, args.texts), *finish.long(rng, args.long)]
+        examples += [[finish.taught(mixture.texts(_TOKENS))] for _ in range(args.texts)]
+        examples += [[finish.long(mixture.long(_TOKENS))] for _ in range(args.long)]
     rng.shuffle(examples)
     return examples
 
@@ -198,7 +180,7 @@ def train(
                 parameter_group["lr"] = rate * min(1.0, (step + 1) / _WARM) * (1 - share)
             with rounded(finish.layers, share >= ROUNDED_FROM):
                 optimizer.zero_grad(set_to_none=True)
-                finish.loss(group, rarity_weight(share)).backward()
+                finish.loss(group, RARITY * holding(share)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
@@ -209,13 +191,13 @@ def train(
 def main() -> None:
     """Write the weights, the last layer and the head finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the training folder")
+    parser.add_argument("--corpus", type=Path, required=True, help="what packed.py wrote")
     parser.add_argument("--start", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--state", type=Path, help="state.pt of distil.py; without it, the start as it is")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=4000, help="single texts and passages to look at")
+    parser.add_argument("--texts", type=int, default=100, help="times 4,000 tokens of single texts and passages")
     parser.add_argument("--groups", type=int, default=240, help="groups of pairs")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs of a group")
+    parser.add_argument("--pair-tokens", type=int, default=6000, help="tokens of a group")
     parser.add_argument("--long", type=int, default=30, help="times some long documents")
     parser.add_argument("--depth", type=int, default=1, help="layers to train, from the last one on")
     parser.add_argument("--epochs", type=int, default=4)
@@ -223,8 +205,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
 
-    start = torch.load(args.start, weights_only=True)
-    run = Run(start, args.data, 320, torch.device("cpu"))
+    start, corpus = (torch.load(path, weights_only=True) for path in (args.start, args.corpus))
+    run = Run(start, corpus, torch.device("cpu"), args.seed)
     if args.state:
         run.student.load_state_dict(torch.load(args.state, weights_only=True)["weights"])
     finish, rng, began = Finish(run, args.depth), seeded(args.seed), time.monotonic()

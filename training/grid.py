@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from student import CONSTANT, RARE
+from student import CONSTANT, OWN, RARE, Layer
 from torch import Tensor, nn
 
 STEPS, EMBEDDING_STEPS = 8.0, 2.4  # of the grid, to a standard deviation
@@ -46,13 +46,49 @@ def coarse(weights: Tensor, steps: float, *, per_row: bool = False) -> Tensor:
     return torch.round(levels / 2**exponent) * 2**exponent * step
 
 
+def round_words(words: Tensor, start: Tensor, steps: float = EMBEDDING_STEPS) -> Tensor:
+    """Bring word embeddings onto the grid, those that training has changed; what channels `OWN` say is as it was.
+
+    Args:
+        words: float32, (pieces, C).
+        start: On the grid, of the same shape.
+        steps: Of the grid, to a standard deviation.
+    """
+    changed = (words != start).any(1)
+    out = start.clone()
+    out[changed] = coarse(words[changed], steps, per_row=True)
+    out[:, OWN] = start[:, OWN]
+    return out
+
+
 @contextmanager
-def rounded(layers: nn.Module, active: bool) -> Iterator[None]:
-    """Let the matrices of one or more layers be rounded within; leave the precise ones for the optimizer."""
+def rounded(layers: nn.Module, active: bool, *, eight_bits: bool = False) -> Iterator[None]:
+    """Let the matrices of one or more layers be rounded within; leave the precise ones for the optimizer.
+
+    Args:
+        layers: The layers.
+        active: Whether to do anything.
+        eight_bits: Let matrices also read hidden states as int8 does.
+    """
     matrices = [parameter for parameter in layers.parameters() if active and parameter.ndim == 2]
+    changed = [module for module in layers.modules() if active and eight_bits and isinstance(module, Layer)]
     precise = [matrix.data for matrix in matrices]
     for matrix in matrices:
         matrix.data = coarse(matrix.data, STEPS)
+    for layer in changed:
+        layer.eight_bits = True
     yield
     for matrix, data in zip(matrices, precise, strict=True):
         matrix.data = data
+    for layer in changed:
+        layer.eight_bits = False
+
+
+@contextmanager
+def rounded_words(embedding: nn.Embedding, start: Tensor, active: bool) -> Iterator[None]:
+    """The same for word embeddings, given those training started from."""
+    precise = embedding.weight.data
+    if active:
+        embedding.weight.data = round_words(precise, start)
+    yield
+    embedding.weight.data = precise

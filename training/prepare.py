@@ -1,11 +1,6 @@
 """First stage: vocabulary, statistics of the teacher, the transplanted student, and what can be solved for without training.
 
-python training/prepare.py --data FOLDER --out start.pt
-python training/finish.py --data FOLDER --start start.pt --out finished.pt
-python training/export.py --start start.pt --state finished.pt --out gte-mini/
-
-Between them, with hours or a GPU:
-python training/distil.py --data FOLDER --start start.pt --out run/ --minutes 90
+    python training/prepare.py --data FOLDER --out start.pt
 """
 
 from __future__ import annotations
@@ -107,7 +102,7 @@ def statistics(teacher: Teacher, token_ids: Sequence[Sequence[int]], languages: 
         ``importance``: of every neuron of every MLP; ``mean``: of the unit vectors; ``projection``: see `target_projection`;
         ``pool_norm``: usual length of a mean-pooled vector.
     """
-    batch = Batch([list(ids) for ids in token_ids[:_STATED]])
+    batch = Batch.of([list(ids) for ids in token_ids[:_STATED]])
     hidden = teacher.embedded(batch)
     constants, norms, squares = [], [], []
 
@@ -200,7 +195,7 @@ def lessons(texts: Sequence[str], tokenizer: Tokenizer, teacher_tokenizer: Token
     for group in filter(None, groups):
         sides = [mine[i] for i in group], [its[i] for i in group]
         spans = common(*sides, [len(encoding.ids) for encoding in sides[0]])
-        made.append(Lesson(*(Batch([encoding.ids for encoding in side]) for side in sides), spans, {}))
+        made.append(Lesson(*(Batch.of([encoding.ids for encoding in side]) for side in sides), spans, {}))
     return made
 
 
@@ -258,7 +253,7 @@ def main() -> None:
     with torch.no_grad():
         student.word_embeddings.weight.copy_(coarse(student.word_embeddings.weight, EMBEDDING_STEPS, per_row=True))
     read = tokenize(tokenizer, drawn[:_COUNTED], _LONGEST)
-    counted = [Batch([read[i] for i in group]) for group in by_length([len(ids) for ids in read], _TOKENS)]
+    counted = [Batch.of([read[i] for i in group]) for group in by_length([len(ids) for ids in read], _TOKENS)]
     told = place_counting(student, counted, RARE_SCALE * usual)
     print(f"the first layer tells {told:.3f} of the variance of BM25's saturated counts", flush=True)
     texts_of_both = lessons(sample(texts, args.seed + 1, _HEALED)[0], tokenizer, whole)

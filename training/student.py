@@ -57,6 +57,7 @@ class Layer(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         self.carrying = carrying
+        self.eight_bits = False  # read hidden states as int8 does
         self.num_heads = config.num_heads
         self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(width, 3 * width), "o_proj": nn.Linear(width, width)})
         self.attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -74,22 +75,33 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Apply the layer to packed tokens: (tokens, C) -> the same."""
-        hidden = self.attn_ln(hidden + self.attention["o_proj"](self.mixed(hidden, cos, sin, batch)))
-        return self.mlp_ln(hidden + self.mlp["down_proj"](self.neurons(hidden)))
+        mixed = self._read(self.mixed(hidden, cos, sin, batch))
+        hidden = self.attn_ln(hidden + self.attention["o_proj"](mixed))
+        return self.mlp_ln(hidden + self.mlp["down_proj"](self._read(self.neurons(hidden))))
 
     def mixed(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """Return what the attention's output projection reads: (tokens, C) -> the same."""
-        q, k, v = self.attention["qkv_proj"](hidden).view(len(hidden), 3, self.num_heads, -1).unbind(1)
+        q, k, v = self.attention["qkv_proj"](self._read(hidden)).view(len(hidden), 3, self.num_heads, -1).unbind(1)
         return batch.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def neurons(self, hidden: Tensor) -> Tensor:
         """Return what the MLP's down projection reads: (tokens, C) -> (tokens, F)."""
+        hidden = self._read(hidden)
         if self.carrying:  # the up branch is 1 but for the last few neurons
             up, gate = self.mlp["up_gate_proj"].weight.chunk(2)
             plain, carrying = functional.gelu(functional.linear(hidden, gate)).tensor_split([-CARRYING], dim=1)
             return torch.cat([plain, carrying * functional.linear(hidden, up[-CARRYING:])], 1)
         up, gate = self.mlp["up_gate_proj"](hidden).chunk(2, dim=-1)
         return functional.gelu(gate) * up
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Return what a matrix reads: the same, or rounded as int8 rounds each token, with the gradient of the same."""
+        if not self.eight_bits:
+            return x
+        with torch.no_grad():
+            step = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+            error = torch.round(x / step) * step - x
+        return x + error
 
 
 def config_from(shape: Mapping[str, Any]) -> GTEConfig:

@@ -89,7 +89,7 @@ class Teacher:
         """
         out = torch.zeros(len(token_ids), self.hidden_size)
         for group in by_length([len(ids) for ids in token_ids], max_tokens):
-            batch = Batch([token_ids[text] for text in group], self.device)
+            batch = Batch.of([token_ids[text] for text in group], self.device)
             out[group] = batch.mean(self.states(batch)[-1]).cpu()
         return out
 
