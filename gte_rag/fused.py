@@ -93,13 +93,13 @@ class _Layer:
         self.kv = _Product.of(layer.attention.kv_proj) if split else None
         mlp = layer.mlp
         if isinstance(mlp, Int8GatedMLP):
-            self.up = _Product.of(mlp.up_gate)
-            self.gate: _Product | None = None  # in the columns after up's
-            self.width, self.down = mlp.down.in_features, _Product.of(mlp.down)
+            self.up: _Product | None = None  # in the columns before gate's
+            self.gate = _Product.of(mlp.up_gate)
         else:
             assert isinstance(mlp, PackedGatedMLP)
-            self.up, self.gate = _Product.of(mlp.up), _Product.of(mlp.gate)
-            self.width, self.down = mlp.down.in_features, _Product.of(mlp.down)
+            self.up = None if mlp.up is None else _Product.of(mlp.up)
+            self.gate = _Product.of(mlp.gate)
+        self.width, self.plain, self.down = mlp.down.in_features, mlp.plain, _Product.of(mlp.down)
         self.attention_norm, self.mlp_norm = _norm(layer.attn_ln), _norm(layer.mlp_ln)
 
 
@@ -116,8 +116,16 @@ class _Buffer:
     """A tensor and the array that shares its memory; bfloat16 is uint16 in the array."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        self.tensor = torch.zeros(shape, dtype=dtype)  # rows that only fill up are computed too, and must be numbers
-        self.array = _array(self.tensor)
+        self._take(torch.zeros(shape, dtype=dtype))  # rows that only fill up are computed too, and must be numbers
+
+    def _take(self, tensor: Tensor) -> None:
+        self.tensor, self.array = tensor, _array(tensor)
+
+    def rows(self, rows: int, columns: int) -> _Buffer:
+        """Return its beginning as a matrix of this shape; what the rows have held with another one are numbers, too."""
+        part = _Buffer.__new__(_Buffer)
+        part._take(self.tensor.view(-1)[: rows * columns].view(rows, columns))
+        return part
 
 
 class _Workspace:
@@ -261,7 +269,7 @@ class Fused:
         except IndexError:
             found = None
         if found is None or found.rows < rows or found.threads < threads:
-            middle = self._layers[0].width
+            middle = max(layer.width for layer in self._layers)
             found = _Workspace(max(rows, _FEW), self._width, middle, self._low, self._attention, threads)
         return found
 
@@ -353,12 +361,12 @@ class _Pass:
         else:
             product = layer.o(mixed)
             self._normalise(product, n._no_size, layer.o.bias, layer.attention_norm, real, w)
-        up = layer.up(w.low.tensor[rows])
-        gate = up if layer.gate is None else layer.gate(w.low.tensor[rows])
-        skipped = layer.width if layer.gate is None else 0
+        gate = layer.gate(w.low.tensor[rows])
+        up = gate if layer.up is None else layer.up(w.low.tensor[rows])
+        skipped = layer.width - layer.plain if n._eight else 0
         sizes = w.size[real] if n._eight else n._no_size
-        self._k.gate(up, gate, skipped, sizes, middle.array[:used], size)
-        product = layer.down(middle.tensor[:count])
+        self._k.gate(up, gate, skipped, layer.plain, sizes, middle.rows(used, layer.width).array, size)
+        product = layer.down(middle.rows(count, layer.width).tensor)
         self._normalise(product, size if n._eight else n._no_size, layer.down.bias, layer.mlp_norm, real, w)
 
     def _normalise(

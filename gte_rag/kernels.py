@@ -157,16 +157,22 @@ def normalise(
 
 
 @_compiled
-def gate(up: Any, gate: Any, skipped: Any, size: Any, out: Any, out_size: Any) -> None:
-    """Compute ``gelu(gate) * up`` of two products, or of one given twice whose first `skipped` columns are up."""
+def gate(up: Any, gate: Any, skipped: Any, plain: Any, size: Any, out: Any, out_size: Any) -> None:
+    """Compute ``gelu(gate) * up`` of two products, or of one given twice whose first `skipped` columns are up.
+
+    The first `plain` columns of gate have none of up.
+    """
     width = out.shape[1]
     row = np.empty(width, np.float32)
     for t in range(out.shape[0]):
         scale = size[t] if size.shape[0] else np.float32(1)
-        values, asked = up[t, :width], gate[t, skipped : skipped + width]
-        for i in range(width):
+        values, asked = up[t, : width - plain], gate[t, skipped : skipped + width]
+        for i in range(plain):
             x = _get(asked, i) * scale
-            row[i] = x * _normal(x) * (_get(values, i) * scale)
+            row[i] = x * _normal(x)
+        for i in range(width - plain):
+            x = _get(asked, plain + i) * scale
+            row[plain + i] = x * _normal(x) * (_get(values, i) * scale)
         _write(row, out, out_size, t)
 
 

@@ -126,13 +126,18 @@ class Linear(nn.Linear):
         out = functional.linear(x, self.weight, self.bias)
         return out if residual is None else out.add_(residual)
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Return the map with these weights, (out, in) and (out,), which it shares."""
+        made = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            made.bias = nn.Parameter(bias, requires_grad=False)
+        return made
+
     def rows(self, start: int, stop: int) -> Linear:
         """Return the part that computes the output channels start … stop - 1; it shares this one's weights."""
-        part = Linear(self.in_features, stop - start, bias=self.bias is not None, device="meta")
-        part.weight = nn.Parameter(self.weight[start:stop], requires_grad=False)
-        if self.bias is not None:
-            part.bias = nn.Parameter(self.bias[start:stop], requires_grad=False)
-        return part
+        return Linear.of(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
 
 class Attention(nn.Module):
@@ -243,18 +248,48 @@ def _varlen() -> Callable[..., Any] | None:
 
 
 class GatedMLP(nn.Module):
-    """``down(gelu(gate) * up)``; the packed projection holds the rows of up first, then those of gate."""
+    """``down(gelu(gate) * up)``; the packed projection holds the rows of up first, then those of gate.
+
+    Attributes:
+        plain: The first so many neurons have no row of up: it is 1 for every token.
+    """
 
     def __init__(self, config: GTEConfig) -> None:
         super().__init__()
         self.up_gate_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.plain = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
-        up, gate = self.up_gate_proj(hidden).chunk(2, dim=-1)  # each (T, F)
-        transformed: Tensor = self.down_proj(functional.gelu(gate).mul_(up), hidden)
+        neurons = self.down_proj.in_features
+        up, gate = self.up_gate_proj(hidden).split([neurons - self.plain, neurons], dim=-1)
+        gated = functional.gelu(gate)
+        gated[:, self.plain :].mul_(up)
+        transformed: Tensor = self.down_proj(gated, hidden)
         return transformed
+
+    def leave_out_constants(self, norm: nn.LayerNorm) -> None:
+        """Spare what is the same for every token: rows of up that read only channels which the LayerNorm before holds constant.
+
+        A network whose MLP had one branch before it was brought into this form has many (gte-mini, for one); others have none
+        and stay as they are. Where up is 0 the neuron goes as well.
+        """
+        up, gate = self.up_gate_proj.weight.chunk(2)
+        held = norm.weight == 0
+        fixed = ~up[:, ~held].any(dim=1)
+        if not bool(fixed.any()):
+            return
+        value = up[:, held] @ norm.bias[held]  # (F,), where fixed
+        plain = (fixed & (value != 0)).nonzero().squeeze(1)
+        kept = torch.cat([plain, (~fixed).nonzero().squeeze(1)])
+        if not len(kept):
+            kept = kept.new_zeros(1)  # a product needs a column
+        down = self.down_proj.weight[:, kept]
+        down[:, : len(plain)] *= value[plain]
+        self.plain = len(plain)
+        self.up_gate_proj = Linear.of(torch.cat([up[kept[self.plain :]], gate[kept]]))
+        self.down_proj = Linear.of(down, self.down_proj.bias)
 
 
 class Layer(nn.Module):
@@ -309,6 +344,10 @@ class GTEModel(nn.Module):
                 weights[name] = pair_channels(weights[name], self.config.num_heads)
         self.load_state_dict(weights, assign=True)
         self.eval().requires_grad_(False)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            assert isinstance(layer.mlp, GatedMLP)
+            layer.mlp.leave_out_constants(layer.attn_ln)
         last = self.layers[-1]
         assert isinstance(last, Layer)
         last.attention.split()

@@ -124,14 +124,17 @@ class PackedGatedMLP(nn.Module):
 
     def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
         super().__init__()
-        width = mlp.down_proj.in_features
-        self.up = PackedLinear(mlp.up_gate_proj.rows(0, width), dtype)
-        self.gate = PackedLinear(mlp.up_gate_proj.rows(width, 2 * width), dtype)
+        self.plain, projection = mlp.plain, mlp.up_gate_proj
+        width = mlp.down_proj.in_features - self.plain
+        self.up = PackedLinear(projection.rows(0, width), dtype) if width else None
+        self.gate = PackedLinear(projection.rows(width, projection.out_features), dtype)
         self.down = PackedLinear(mlp.down_proj, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
-        gated = self.gate.product(hidden, "gelu").mul_(self.up(hidden))
+        gated = self.gate.product(hidden, "gelu")
+        if self.up is not None:
+            gated[:, self.plain :].mul_(self.up(hidden))
         out: Tensor = self.down(gated, hidden)
         return out
 
@@ -200,15 +203,22 @@ class Int8GatedMLP(nn.Module):
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
+        self.plain = mlp.plain
         self.up_gate = Int8Linear(mlp.up_gate_proj)
         self.down = Int8Linear(mlp.down_proj)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each token by itself and add the result to it: (T, C) -> (T, C)."""
         levels, size = quantise(hidden)
-        up, gate = self.up_gate.product(levels).chunk(2, dim=-1)  # each (T, F)
+        up_gate, with_up = self.up_gate.product(levels), self.down.in_features - self.plain
+        up, gate = up_gate[:, :with_up], up_gate[:, with_up:]
         gate.mul_(size)
-        gated = torch.ops.aten.gelu.out(gate, out=gate).mul_(up)
+        gated = torch.ops.aten.gelu.out(gate, out=gate)
+        if self.plain:
+            gated[:, self.plain :].mul_(up.mul_(size))
+            size.fill_(1.0)
+        else:
+            gated.mul_(up)
         levels, gated_size = quantise(gated)
         out = self.down.product(levels)
         out = torch.addcmul(hidden, out, size.mul_(gated_size), out=out)

@@ -415,7 +415,7 @@ def test_attention_never_makes_a_matrix_of_all_token_pairs(tiny: GTEEncoder, mon
 
 def test_an_encoder_says_what_it_is(encoder: GTEEncoder) -> None:
     assert encoder.name == "gte-mini"
-    assert (encoder.dimension, encoder.vocab_size, encoder.max_length) == (384, 112_000, 8192)
+    assert (encoder.dimension, encoder.vocab_size, encoder.max_length) == (384, 132_000, 8192)
     assert encoder.has_sparse
     assert encoder.precision == "float32"
     assert (encoder.query_prompt, encoder.document_prompt) == ("", "")

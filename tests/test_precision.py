@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from checkpoints import LONG_TEXT, TEXTS, build, find_variant
-from gte_rag import GTEEncoder, precision
-from gte_rag.model import GTEModel, Linear, pair_channels, runs
+from gte_rag import GTEEncoder, fused, precision
+from gte_rag.checkpoint import load_checkpoint
+from gte_rag.config import GTEConfig
+from gte_rag.model import GatedMLP, GTEModel, Linear, pair_channels, runs
 from gte_rag.precision import Int8Linear, level_sizes, quantise, resolve
 
 CPU = torch.device("cpu")
@@ -349,3 +352,67 @@ def test_windows_join_to_one_result(exact: GTEEncoder, monkeypatch: pytest.Monke
     np.testing.assert_allclose(pieces.dense, whole.dense, rtol=0, atol=1e-6)
     for ours, theirs in zip(pieces.sparse, whole.sparse, strict=True):
         assert ours.to_dict() == pytest.approx(theirs.to_dict(), abs=1e-5)
+
+
+@each_precision
+@pytest.mark.parametrize("fused_pass", [True, False])
+def test_what_is_the_same_for_every_token_is_left_out_without_a_change(
+    name: str, fused_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gte-mini's MLPs had one branch before they were brought into this form: most rows of up are 1 for every token."""
+    checkpoint = load_checkpoint("gte-mini")
+    rows = torch.tensor([0, 5000, 6000, 7000, 8000, 9000, 2, 0, 10000, 2])
+    texts = torch.tensor([0, 7, 10])
+    found = []
+    for left_out in (True, False):
+        if not left_out:
+            monkeypatch.setattr(GatedMLP, "leave_out_constants", lambda mlp, norm: None)
+        model = fused.build(checkpoint.config, checkpoint.weights, name, CPU)
+        if fused_pass and model.packed_forward is None:
+            pytest.skip("no fused pass here")
+        if not fused_pass:
+            model.packed_forward = None
+        with torch.inference_mode():
+            found.append((model(rows, texts), model(rows, texts, firsts=True)))
+    for spared, whole in zip(*found, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(spared, whole)
+        assert cosine.min() > {"float32": 1 - 1e-6, "bf16": 0.9998, "int8": 0.995}[name]
+
+
+def gated(config: GTEConfig, up: torch.Tensor) -> tuple[GatedMLP, torch.nn.LayerNorm]:
+    """Return an MLP with these rows of up, and a LayerNorm that holds channel 1 at 2."""
+    generator = torch.Generator().manual_seed(0)
+    mlp, norm = GatedMLP(config), torch.nn.LayerNorm(config.hidden_size)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        mlp.up_gate_proj.weight[: len(up)] = up
+        norm.weight[1], norm.bias[1] = 0.0, 2.0
+    return mlp.requires_grad_(False), norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("constant", "silent", "neurons", "plain"),
+    [
+        ([], [], 8, 0),
+        ([2, 5], [], 8, 2),
+        ([0], [3, 4], 6, 1),
+        ([], [7], 7, 0),
+        ([*range(8)], [], 8, 8),
+        ([], [*range(8)], 1, 0),
+    ],
+)
+def test_rows_of_up_that_read_constants_are_left_out(
+    constant: list[int], silent: list[int], neurons: int, plain: int, encoder: GTEEncoder
+) -> None:
+    config = replace(encoder.config, hidden_size=6, num_heads=1, intermediate_size=8)
+    up = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    up[constant + silent] = 0.0
+    up[constant, 1] = torch.linspace(0.5, 3.0, len(constant))
+    mlp, norm = gated(config, up)
+    hidden = norm(torch.randn(5, 6, generator=torch.Generator().manual_seed(2)))
+    expected = mlp(hidden.clone())
+    mlp.leave_out_constants(norm)
+    torch.testing.assert_close(mlp(hidden.clone()), expected, atol=1e-5, rtol=1e-5)
+    assert (mlp.down_proj.in_features, mlp.plain) == (neurons, plain)
+    assert mlp.up_gate_proj.out_features == 2 * neurons - plain
