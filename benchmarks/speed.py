@@ -74,6 +74,11 @@ def peers(device: str) -> dict[str, tuple[tuple[str, ...], bool, tuple[str, ...]
     return PEERS if device == "cpu" else GPU_PEERS
 
 
+def is_slow(peer: str, device: str) -> bool:
+    """Tell whether one round of a peer takes long enough."""
+    return device == "cpu" and peer in ONE_ROUND
+
+
 def workloads(tokenizer_file: Path, quick: bool, device: str = "cpu") -> dict[str, list[str]]:
     """Make the texts, the same for all: words drawn by a seeded generator from the tokenizer's pieces."""
     import numpy as np
@@ -228,7 +233,7 @@ def measure(peer: str, folder: Path, quick: bool, chosen_workloads: Sequence[str
     encode(["a short text"])
     result: dict[str, Any] = {"load": time.perf_counter() - start, "rss_loaded": _peak_rss(), "seconds": {}}
     only = peers(device)[peer][2]
-    slow = peer in ONE_ROUND and device == "cpu"
+    slow = is_slow(peer, device)
     for name, texts in workloads(folder / "tokenizer.json", quick, device).items():
         if (only is not None and name not in only) or (chosen_workloads and name not in chosen_workloads):
             continue
@@ -451,13 +456,13 @@ def main() -> None:
         for name, speed in (_run(["--job", "ceilings", *common]) or {}).items():
             limits.setdefault(name, []).append(speed)
         for name in names:
-            if turn and name in ONE_ROUND and options.device == "cpu":
+            if turn and is_slow(name, options.device):
                 continue
             # Other packages are measured both ways; this one as it comes.
             ways = (
                 (False,)
                 if name.startswith("gte-rag")
-                or name in ONE_ROUND
+                or is_slow(name, options.device)
                 or options.quick
                 or options.one_way
                 or options.device != "cpu"

@@ -115,17 +115,17 @@ def _array(tensor: Tensor) -> Array:
 class _Buffer:
     """A tensor and the array that shares its memory; bfloat16 is uint16 in the array."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        self._take(torch.zeros(shape, dtype=dtype))  # rows that only fill up are computed too, and must be numbers
-
-    def _take(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.array = tensor, _array(tensor)
+
+    @classmethod
+    def of(cls, *shape: int, dtype: torch.dtype) -> _Buffer:
+        """Make one of this shape."""
+        return cls(torch.zeros(shape, dtype=dtype))  # rows that only fill up are computed too, and must be numbers
 
     def rows(self, rows: int, columns: int) -> _Buffer:
         """Return its beginning as a matrix of this shape; what the rows have held with another one are numbers, too."""
-        part = _Buffer.__new__(_Buffer)
-        part._take(self.tensor.view(-1)[: rows * columns].view(rows, columns))
-        return part
+        return _Buffer(self.tensor.view(-1)[: rows * columns].view(rows, columns))
 
 
 class _Workspace:
@@ -144,14 +144,18 @@ class _Workspace:
         self, rows: int, width: int, middle: int, low: torch.dtype, attention: torch.dtype, threads: int
     ) -> None:
         self.rows, self.threads = rows, threads
-        self.hidden = _Buffer(rows, width, dtype=torch.float32)
-        self.low = self.hidden if low == torch.float32 else _Buffer(rows, width, dtype=low)
+        self.hidden = _Buffer.of(rows, width, dtype=torch.float32)
+        self.low = self.hidden if low == torch.float32 else _Buffer.of(rows, width, dtype=low)
         self.size = np.empty(rows, np.float32)
-        self.blocks = _Buffer(3, rows * width, dtype=attention)
-        self.mixed = _Buffer(rows, width, dtype=attention)
+        self.blocks = _Buffer.of(3, rows * width, dtype=attention)
+        self.mixed = _Buffer.of(rows, width, dtype=attention)
         at_once = min(rows, max(_ROWS, _FEW))
         self.scratch = [
-            (_Buffer(at_once, middle, dtype=low), _Buffer(at_once, width, dtype=low), np.empty(at_once, np.float32))
+            (
+                _Buffer.of(at_once, middle, dtype=low),
+                _Buffer.of(at_once, width, dtype=low),
+                np.empty(at_once, np.float32),
+            )
             for _ in range(threads)
         ]
 
@@ -365,8 +369,9 @@ class _Pass:
         up = gate if layer.up is None else layer.up(w.low.tensor[rows])
         skipped = layer.width - layer.plain if n._eight else 0
         sizes = w.size[real] if n._eight else n._no_size
-        self._k.gate(up, gate, skipped, layer.plain, sizes, middle.rows(used, layer.width).array, size)
-        product = layer.down(middle.rows(count, layer.width).tensor)
+        gated = middle.rows(count, layer.width)
+        self._k.gate(up, gate, skipped, layer.plain, sizes, gated.array[:used], size)
+        product = layer.down(gated.tensor)
         self._normalise(product, size if n._eight else n._no_size, layer.down.bias, layer.mlp_norm, real, w)
 
     def _normalise(

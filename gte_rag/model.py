@@ -275,8 +275,10 @@ class GatedMLP(nn.Module):
         A network whose MLP had one branch before it was brought into this form has many (gte-mini, for one); others have none
         and stay as they are. Where up is 0 the neuron goes as well.
         """
-        up, gate = self.up_gate_proj.weight.chunk(2)
         held = norm.weight == 0
+        if not bool(held.any()):
+            return
+        up, gate = self.up_gate_proj.weight.chunk(2)
         fixed = ~up[:, ~held].any(dim=1)
         if not bool(fixed.any()):
             return

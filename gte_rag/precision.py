@@ -199,7 +199,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8GatedMLP(nn.Module):
-    """`GatedMLP` in 8 bits: the tokens are quantised once for up and gate, and up's scale is applied after down."""
+    """`GatedMLP` in 8 bits: the tokens are quantised once for up and gate, and a scale that all neurons share comes last."""
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
@@ -214,14 +214,10 @@ class Int8GatedMLP(nn.Module):
         up, gate = up_gate[:, :with_up], up_gate[:, with_up:]
         gate.mul_(size)
         gated = torch.ops.aten.gelu.out(gate, out=gate)
-        if self.plain:
-            gated[:, self.plain :].mul_(up.mul_(size))
-            size.fill_(1.0)
-        else:
-            gated.mul_(up)
+        gated[:, self.plain :].mul_(up.mul_(size) if self.plain else up)
         levels, gated_size = quantise(gated)
         out = self.down.product(levels)
-        out = torch.addcmul(hidden, out, size.mul_(gated_size), out=out)
+        out = torch.addcmul(hidden, out, gated_size if self.plain else gated_size.mul_(size), out=out)
         return out.add_(self.down.bias)
 
 

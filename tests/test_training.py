@@ -522,7 +522,7 @@ def test_rounding_is_there_within_and_gone_after() -> None:
 
 def test_the_usual_rarity_of_a_token_is_that_where_it_occurs() -> None:
     texts = Texts.__new__(Texts)
-    texts.pools, texts._languages = {language: {"mono": ["a text"] * 6000} for language in ("de", "en")}, [1.0, 2.0]
+    texts.pools, texts._languages = {language: {"mono": ["a text"] * 6000} for language in ("de", "en")}, [1.0, 1.0]
     # "die" is everywhere in German and nowhere in English; a name is rare in both; the last token never occurs.
     rare = {"de": np.array([0.05, 0.8, 1.0], np.float32), "en": np.array([1.0, 0.8, 1.0], np.float32)}
     assert texts.usual_rarity(rare) == pytest.approx([0.05, 0.8, 1.0], abs=1e-3)

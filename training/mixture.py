@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,8 @@ _OFTEN = dict.fromkeys(
 ) | {"en": 4.0}
 # Of a language, sources are drawn by their size to the power 0.5, times this.
 _WORTH = {"mono": 2.0, "queries": 1.5, "qa_pairs": 4.0, "parallel/ntrex128": 2.5, "parallel/tico19": 2.0}
-_PASSAGES = 0.5  # share of texts that are several joined
+CHARACTERS = 1600  # of a text, at most
+PASSAGES = 0.5  # share of texts that are several joined
 _COUNTED = 100_000  # texts of a language in which rarities are counted, at most
 _FEWEST = 200  # texts that a language counts for, at least
 RARITY_POWER = 0.75  # of a rarity in a sparse weight
@@ -62,7 +62,7 @@ def seeded(seed: int) -> random.Random:
 class Texts:
     """All single texts, by language and source."""
 
-    def __init__(self, folder: Path, longest: int = 1600) -> None:
+    def __init__(self, folder: Path, longest: int = CHARACTERS) -> None:
         """Read the folder; texts are cut to `longest` characters."""
         pools: dict[str, dict[str, set[str]]] = {}
         for source, language, text in corpus.texts(folder):
@@ -74,36 +74,31 @@ class Texts:
         }
         self.languages = list(self.pools)
         sizes = [sum(map(len, parts.values())) for parts in self.pools.values()]
-        self._languages = list(
-            accumulate(
-                size**LANGUAGE_POWER * _OFTEN.get(lang, 1.0) for lang, size in zip(self.pools, sizes, strict=True)
-            )
-        )
+        # How often to draw each language, and each source of it.
+        self._languages = [
+            size**LANGUAGE_POWER * _OFTEN.get(lang, 1.0) for lang, size in zip(self.pools, sizes, strict=True)
+        ]
         self._parts = {
-            language: (
-                list(parts),
-                list(accumulate(len(texts) ** 0.5 * _WORTH.get(part, 1.0) for part, texts in parts.items())),
-            )
+            language: {part: len(texts) ** 0.5 * _WORTH.get(part, 1.0) for part, texts in parts.items()}
             for language, parts in self.pools.items()
         }
 
     def shares(self) -> dict[str, dict[str, float]]:
         """Return how often to draw from each source of each language; all add up to 1."""
-        out = {}
-        for language, upto in zip(self.pools, np.diff(self._languages, prepend=0.0), strict=True):
-            parts, cumulated = self._parts[language]
-            share = np.diff(cumulated, prepend=0.0) / cumulated[-1] * upto / self._languages[-1]
-            out[language] = dict(zip(parts, share.tolist(), strict=True))
-        return out
+        every = sum(self._languages)
+        return {
+            language: {part: worth / sum(parts.values()) * weight / every for part, worth in parts.items()}
+            for (language, parts), weight in zip(self._parts.items(), self._languages, strict=True)
+        }
 
     def language(self, rng: random.Random) -> str:
         """Draw a language."""
-        return rng.choices(self.languages, cum_weights=self._languages)[0]
+        return rng.choices(self.languages, self._languages)[0]
 
     def one(self, language: str, rng: random.Random) -> str:
         """Draw a text of a language."""
-        parts, weights = self._parts[language]
-        return rng.choice(self.pools[language][rng.choices(parts, cum_weights=weights)[0]])
+        parts = self._parts[language]
+        return rng.choice(self.pools[language][rng.choices(list(parts), list(parts.values()))[0]])
 
     def joined(self, language: str, characters: int, rng: random.Random) -> list[str]:
         """Draw texts of a language until there are so many characters."""
@@ -116,7 +111,7 @@ class Texts:
     def draw(self, rng: random.Random) -> Text:
         """Draw a text, or a passage made of several."""
         language = self.language(rng)
-        if rng.random() >= _PASSAGES:
+        if rng.random() >= PASSAGES:
             return Text(language, self.one(language, rng))
         dense = language in ("ja", "ko", "th", "yue", "zh", "zh-Hant")  # scripts that say more in fewer characters
         characters = int(rng.triangular(100, 1400, 700) / (2.5 if dense else 1))
@@ -151,8 +146,7 @@ class Texts:
             float32, shape (vocabulary,), from 0 to 1; 1 for tokens that never occur.
         """
         total = occurrences = np.zeros(len(next(iter(inverse_frequencies.values()))))
-        drawn = np.diff(self._languages, prepend=0.0)
-        for weight, language in zip(drawn, self.pools, strict=True):
+        for weight, language in zip(self._languages, self.pools, strict=True):
             rare = inverse_frequencies[language].astype(np.float64)
             count = max(min(len(self._countable(language)), _COUNTED), _FEWEST)
             share = (

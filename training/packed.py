@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from alignment import Spans
 from batch import Batch
-from mixture import Texts, seeded
+from mixture import CHARACTERS, PASSAGES, Texts, seeded
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
@@ -37,7 +37,6 @@ _AT_ONCE = 4000  # texts that are tokenized together
 _DIRECTIONS = 32  # of the words of passages, by which like pairs come together
 _LEAF = 8  # pairs that are not told apart
 _GROUP = 12  # like pairs of a step
-_PASSAGES = 0.5  # share of texts that are several joined
 _PARTS = 24  # of such a text, at most
 _SHORTEST_JOINED, _LONGEST_JOINED = 25, 320  # tokens of it; half as many of each are the most frequent
 _CHUNK, _CHUNK_PART = 380, 120  # tokens of the teacher in a part of a long document, and in its parts
@@ -117,7 +116,7 @@ def pack(folder: Path, student: Tokenizer, teacher: Tokenizer, most: int) -> dic
                 for pair in sources[name]
             ]
         )
-        rows = rows[(lengths(mine)[rows] > 0).all(1)]
+        rows = rows[(lengths(mine, rows) > 0).all(1)]
         ordered.append(rows[likes_together(mine, rows[:, 1])].int())
         shares.append(_PAIRS_WORTH.get(name.split(".")[0], 1.0) * len(rows) ** 0.5)
     kind = [name.split("/")[0] for name in names]
@@ -147,13 +146,15 @@ def pair_sources(folder: Path) -> dict[str, list[corpus.Pair]]:
         if translation and not pair.source.startswith(_TRANSLATIONS):
             continue
         name = pair.source if translation else f"{pair.source}.{pair.second_language}"
-        sources.setdefault(name, []).append(pair._replace(first=pair.first[:1600], second=pair.second[:1600]))
+        sources.setdefault(name, []).append(
+            pair._replace(first=pair.first[:CHARACTERS], second=pair.second[:CHARACTERS])
+        )
     return {name: sources[name] for name in sorted(sources) if len(sources[name]) >= _FEWEST}
 
 
-def lengths(side: Side) -> Tensor:
-    """Return how many tokens each text has."""
-    return side.first.diff()
+def lengths(side: Side, texts: Tensor | slice = slice(None)) -> Tensor:
+    """Return how many tokens each of these texts has."""
+    return side.first[1:][texts] - side.first[:-1][texts]
 
 
 def tokenized(texts: Sequence[str], student: Tokenizer, teacher: Tokenizer) -> tuple[Side, Side]:
@@ -256,14 +257,11 @@ class Mixture:
     def texts(self, tokens: int) -> Drawn:
         """Draw single texts and passages, so many tokens of the student in all at most; on a CPU those of about one length."""
         rows = max(16, tokens // 8)
-        first = self._draw(self._uniform(rows) * self._cumulated[-1])
-        begin, end = self._language_ends[self._language[first]], self._language_ends[self._language[first] + 1]
-        others = begin[:, None] + self._uniform(rows, _PARTS - 1) * (end - begin)[:, None]
-        parts = torch.cat([first[:, None], self._draw(others)], 1)
+        parts = self._of_one_language(rows, _PARTS)
         span = _LONGEST_JOINED - _SHORTEST_JOINED
         most = _SHORTEST_JOINED + span * (self._uniform(rows) + self._uniform(rows)) / 2
-        most[self._uniform(rows) >= _PASSAGES] = 0
-        sizes = lengths(self._mine)[parts]
+        most[self._uniform(rows) >= PASSAGES] = 0
+        sizes = lengths(self._mine, parts)
         kept = sizes.cumsum(1) <= most[:, None]
         kept[:, 0] = True
         size = (sizes * kept).sum(1) + len(MARKS)
@@ -290,7 +288,7 @@ class Mixture:
         pairs = self._pairs[places]
         for side in (0, 1):
             pairs = pairs[first_ones(pairs[:, side])]
-        size = (lengths(self._mine)[pairs] + len(MARKS)).sum(1).cumsum(0)
+        size = (lengths(self._mine, pairs) + len(MARKS)).sum(1).cumsum(0)
         pairs = pairs[: max(2, int((size <= tokens).sum()))]
         row = torch.arange(len(pairs), device=self.device)
         first, second = (self._gather(pairs[:, side], row, row, row) for side in (0, 1))
@@ -300,12 +298,10 @@ class Mixture:
         """Draw long documents, all of one length; the teacher's are cut into parts of at most 512 tokens."""
         length = int(2 ** (_LONG[0] + (_LONG[1] - _LONG[0]) * float(torch.rand((), generator=self._choice))))
         rows, columns = max(2, tokens // length), length // 5
-        first = self._draw(self._uniform(rows) * self._cumulated[-1])
-        begin, end = self._language_ends[self._language[first]], self._language_ends[self._language[first] + 1]
-        parts = self._draw(begin[:, None] + self._uniform(rows, columns) * (end - begin)[:, None])
-        its = lengths(self._its)[parts]
+        parts = self._of_one_language(rows, columns)
+        its = lengths(self._its, parts)
         fitting = its <= _CHUNK_PART
-        sizes = lengths(self._mine)[parts] * fitting
+        sizes = lengths(self._mine, parts) * fitting
         kept = fitting & (sizes.cumsum(1) <= length - len(MARKS))
         its = its * kept
         chunk = (its.cumsum(1) - its) // _CHUNK
@@ -314,6 +310,13 @@ class Mixture:
         row = row.unique(return_inverse=True)[1]
         which, chunk = (row * columns + chunk).unique(return_inverse=True)
         return self._gather(parts[kept], row, chunk, which // columns)
+
+    def _of_one_language(self, rows: int, columns: int) -> Tensor:
+        """Draw texts, (rows, columns); those of a row are of one language."""
+        first = self._draw(self._uniform(rows) * self._cumulated[-1])
+        begin, end = self._language_ends[self._language[first]], self._language_ends[self._language[first] + 1]
+        others = begin[:, None] + self._uniform(rows, columns - 1) * (end - begin)[:, None]
+        return torch.cat([first[:, None], self._draw(others)], 1)
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.device, generator=self._random, dtype=torch.float64)
@@ -339,7 +342,7 @@ class Mixture:
         return Drawn(mine, its, Spans(spans, its_spans, count), language, part_of)
 
     def _packed(self, side: Side, parts: Tensor, row: Tensor) -> tuple[Batch, Tensor, int]:
-        sizes = side.first[parts + 1] - side.first[parts]
+        sizes = lengths(side, parts)
         ends = sizes.cumsum(0)
         total, rows = int(ends[-1]), int(row[-1]) + 1
         of = torch.repeat_interleave(torch.arange(len(parts), device=self.device), sizes, output_size=total)
