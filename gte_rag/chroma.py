@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ REPAIR_KEY = "gte_rag:repair"
 _CALIBRATION_KEY, _STAMP_KEY = "gte_rag:calibration", "gte_rag:stamp"
 # Records encoded and written together: an interrupted run keeps every group that was finished.
 GROUP = 1024
+_MOST = 2**31 - 1  # records that Chroma can be asked for
 # Texts of somebody else's collection that are encoded to see whether its vectors come from this model, and how close their
 # cosines must be: other precisions and dtypes stay above 0.99, other models far below.
 _ADOPTION_SAMPLE = 8
@@ -185,7 +187,6 @@ class HybridCollection:
                 raise ValueError(f"name is {name!r}; Chroma refuses it: {error}") from error
         refuse_damaged(client, self.collection, own_texts=encoded_text is not None)
         self._max_batch: int = client.get_max_batch_size()
-        self._space = self._check_marks(adopt)
         folder = folder_of(client)
         identity = str(self.collection.id)
         self._database = None if folder is None else folder / DATABASE_FILE
@@ -195,6 +196,7 @@ class HybridCollection:
             file=None if folder is None else folder / "gte_rag" / identity,
             stamp=encoder.fingerprint,
         )
+        self._space = self._check_marks(adopt)
 
     def __repr__(self) -> str:
         """Return name and encoder."""
@@ -218,7 +220,7 @@ class HybridCollection:
             existing = self.collection.get(part, include=[])["ids"]
             if existing:
                 raise ValueError(f"{some_ids(existing)} exist already; use upsert to replace them. Nothing was added")
-        self._write(ids, texts, metadatas, show_progress)
+        self._write(ids, texts, metadatas, show_progress, new=True)
 
     def upsert(
         self,
@@ -274,6 +276,7 @@ class HybridCollection:
                 raise TypeError(f"{option} is {number!r}; give a whole number or None")
             if number is not None and number < 0:
                 raise ValueError(f"{option} is {number}; it must be 0 or more, or None")
+        limit, offset = (None if number is None else min(number, _MOST) for number in (limit, offset))
         filters: dict[str, Any] = {"where": where, "where_document": where_document}
         if ids is None:
             return records_of(self.collection.get(limit=limit, offset=offset, **filters))
@@ -301,12 +304,12 @@ class HybridCollection:
         if ids is None:
             if where is None and where_document is None:
                 raise ValueError("delete needs ids or a filter; delete(collection.matching_ids()) deletes everything")
-            with self._view.writing:
+            with self._writing():
                 self.collection.delete(**filters)
                 self._stamp()
             return
         for part in self._parts(check_ids(ids)):
-            with self._view.writing:
+            with self._writing():
                 before = self._before()
                 self.collection.delete(part, **filters)
                 if where is None and where_document is None:
@@ -344,7 +347,7 @@ class HybridCollection:
                     values = [
                         {RESERVED_KEY: value} for value in seal(vectors, [texts[index] for index in stale], fingerprint)
                     ]
-                    with self._view.writing:
+                    with self._writing():
                         self.collection.update(
                             ids=[found["ids"][index] for index in stale], metadatas=cast(Any, values)
                         )
@@ -373,6 +376,7 @@ class HybridCollection:
         Returns:
             For each query its candidates, nearest first.
         """
+        n = min(n, _MOST)
         found = self.collection.query(
             query_embeddings=vectors,
             n_results=n,
@@ -462,7 +466,8 @@ class HybridCollection:
         return dict(self._client.get_collection(self.name, embedding_function=None).metadata or {})
 
     def _remember(self, values: Mapping[str, str | int]) -> None:
-        self._replace_metadata({**self._metadata(), **values})
+        with self._view.writing:  # a write of another thread leaves its stamp in the same metadata
+            self._replace_metadata({**self._metadata(), **values})
 
     def _replace_metadata(self, metadata: Mapping[str, Any]) -> None:
         # Chroma hands out its old settings of the index as metadata and takes none back.
@@ -523,9 +528,30 @@ class HybridCollection:
     def _parts(self, ids: list[str]) -> Iterator[list[str]]:
         return (ids[start : start + self._max_batch] for start in range(0, len(ids), self._max_batch))
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the collection for a write. One that fails may have been applied all the same: a server's answer can be lost."""
+        with self._view.writing:
+            try:
+                yield
+            except (ValueError, InvalidArgumentError):  # refused before anything was written
+                raise
+            except BaseException:
+                self._view.invalidate()
+                with suppress(Exception):
+                    self._stamp()
+                raise
+
     def _write(
-        self, ids: list[str], texts: list[str], metadatas: list[dict[str, MetadataValue]], show_progress: bool
+        self,
+        ids: list[str],
+        texts: list[str],
+        metadatas: list[dict[str, MetadataValue]],
+        show_progress: bool,
+        *,
+        new: bool = False,
     ) -> None:
+        """Encode and write groups of records; `new`: refuse those that someone else has added meanwhile."""
         size = min(GROUP, self._max_batch)
         fingerprint = self.encoder.fingerprint
         with tqdm(total=len(ids), unit="text", disable=not show_progress, delay=PROGRESS_DELAY_S) as progress:
@@ -540,9 +566,14 @@ class HybridCollection:
                         metadatas[part], seal(encoding.sparse, texts[part], fingerprint), strict=True
                     )
                 ]
-                with self._view.writing:
+                with self._writing():
                     before = self._before()
                     known = self._drop_old_keys(ids[part], stored)
+                    if new and known:
+                        raise ValueError(
+                            f"some of {some_ids(ids[part])} have been added by another thread or process meanwhile; of "
+                            f"this call the first {start} are added. Use upsert to replace those that exist"
+                        )
                     self.collection.upsert(
                         ids=ids[part], documents=texts[part], embeddings=encoding.dense, metadatas=cast(Any, stored)
                     )

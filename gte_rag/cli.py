@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gte_rag import __version__
 from gte_rag.errors import (
@@ -104,8 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose messages repeat no control characters of the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_harmless(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gte-rag",
         description="Dense and sparse GTE embeddings and hybrid search in a local Chroma.",
         epilog="gte-rag COMMAND --help explains a command. Start with: gte-rag demo",
@@ -254,11 +261,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[_Parser],
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
-) -> argparse.ArgumentParser:
+) -> _Parser:
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.set_defaults(run=run, resume="")
     return parser
@@ -626,6 +633,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     encoder = _load_encoder(arguments.model, arguments.device, arguments.dimension)
     if not encoder.has_sparse:
         raise _CommandError(f"{encoder.name} gives no sparse vectors, so no token matches; choose another --model", 1)
+    if arguments.html:
+        _check_target("--html", arguments.html)
     text = arguments.text if arguments.text != "-" else "\n".join(_lines_of_stdin())
     with _as_usage_error():
         explanation = explain(
@@ -703,6 +712,14 @@ def _print_explanation(console: Console, explanation: Explanation) -> None:
         console.print(
             Text.assemble("\n", ("Only in the query: ", "cyan"), _harmless(lacking)), soft_wrap=not console.is_terminal
         )
+
+
+def _check_target(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before work is done for it."""
+    if path.is_dir() or not path.name:
+        raise _CommandError(f"{option} {path}: this is a folder; give a file", 2)
+    if not path.parent.is_dir():
+        raise _CommandError(f"{option} {path}: there is no folder {path.parent}", 2)
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -898,8 +915,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         saved = {path: read(path) for path in arguments.compare}
     if not arguments.paths and len(saved) < 2:
         raise _CommandError("nothing to evaluate; give a DIR, or --compare with at least two files", 2)
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise _CommandError(f"--json {arguments.json}: there is no folder {arguments.json.parent}", 2)
+    if arguments.json:
+        _check_target("--json", arguments.json)
     console = _console(sys.stdout)
     results: list[Result] = []
     if arguments.paths:
@@ -920,12 +937,19 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _evaluated(arguments: argparse.Namespace) -> list[Result]:
     """Evaluate the data sets one after the other; a progress line on a terminal says which."""
     _require("ir_measures", extra="eval")
-    from gte_rag.datasets import find, load
+    from gte_rag.datasets import Dataset, find, load, names
     from gte_rag.evaluation import MODES, evaluate
     from gte_rag.fusion import FUSIONS
 
+    def read(path: Path, name: str) -> Dataset:
+        dataset = load(path, name=name)
+        return dataset if arguments.max_queries is None else dataset.sample(arguments.max_queries, seed=arguments.seed)
+
     with _as_data_error():
-        found = [path for root in arguments.paths for path in find(root)]
+        found = list(dict.fromkeys(path for root in arguments.paths for path in find(root)))
+        named = list(zip(found, names(found), strict=True))
+        for path, name in named:  # all of them before hours are spent on the first
+            read(path, name)
     encoder = _load_encoder(
         arguments.model, arguments.device, None, precision=arguments.precision, max_length=arguments.max_length
     )
@@ -942,11 +966,9 @@ def _evaluated(arguments: argparse.Namespace) -> list[Result]:
     fusions = arguments.fusion or ["weighted"]
     results: list[Result] = []
     show_progress = sys.stderr.isatty()
-    for number, path in enumerate(found, start=1):
+    for number, (path, name) in enumerate(named, start=1):
         with _as_data_error():
-            dataset = load(path)
-        if arguments.max_queries is not None:
-            dataset = dataset.sample(arguments.max_queries, seed=arguments.seed)
+            dataset = read(path, name)
         if show_progress:
             _say(f"{dataset.name} ({number} of {len(found)}), {len(dataset)} queries or pairs")
         with _as_usage_error():
@@ -1019,6 +1041,7 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: Se
     """Print a table: on a narrow terminal its words wrap, elsewhere it is as wide as it needs to be."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     _print(_harmless(title))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -1031,7 +1054,7 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: Se
             min_width=max(widths) if place > 1 else 8,
         )
     for row in rows:
-        table.add_row(*map(_harmless, row))
+        table.add_row(*(Text(_harmless(cell)) for cell in row))  # a plain string would be read as markup
     if not console.is_terminal:
         console.width = 1000  # tables do not expand
     console.print(table)

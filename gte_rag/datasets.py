@@ -27,6 +27,7 @@ _ACCEPTED = (
     "translation) or of three (score, sentence, sentence), each plain or .gz, or a folder of such folders and files"
 )
 _TSV = (".tsv", ".tsv.gz")
+_LARGEST_GRADE = 10_000  # of a judgement; real ones are below ten
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class RetrievalSet:
         name: Name of the set.
         corpus: Text of each passage by its id, the title before it.
         queries: Text of each query by its id; every one has a passage of grade 1 or more.
-        qrels: For each query id the grade of each judged passage id; 0 and less is not relevant.
+        qrels: For each query id the grade of each judged passage id, at most 10,000; 0 and less is not relevant.
     """
 
     name: str
@@ -52,6 +53,11 @@ class RetrievalSet:
         for query in self.queries:
             if not any(grade > 0 for grade in self.qrels.get(query, {}).values()):
                 raise ValueError(f"{self.name}: query {query!r} has no passage of grade 1 or more; leave it out")
+            for passage, grade in self.qrels[query].items():
+                if abs(grade) > _LARGEST_GRADE:  # trec_eval keeps a count of every grade up to the largest
+                    raise ValueError(
+                        f"{self.name}: query {query!r} grades {passage!r} with {grade}; the largest grade is {_LARGEST_GRADE}"
+                    )
 
     def __len__(self) -> int:
         """Return the number of queries."""
@@ -135,6 +141,8 @@ Dataset: TypeAlias = RetrievalSet | BitextSet | SimilaritySet
 def find(path: str | os.PathLike[str]) -> list[Path]:
     """Return the data sets at a path: the path itself, or those in the folder and its subfolders, in order of their names.
 
+    A folder that links lead to again is read once.
+
     Raises:
         FileNotFoundError: There is nothing at the path.
         ValueError: There is no data set at it.
@@ -142,17 +150,34 @@ def find(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}; give {_ACCEPTED}")
-    found = sorted(_found(path))
+    found = sorted(_found(path, set()))
     if not found:
         raise ValueError(f"{path} holds no data set; give {_ACCEPTED}")
     return found
 
 
-def load(path: str | os.PathLike[str]) -> Dataset:
+def names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each data set: that of its file or folder, and as many folders above it as tell it from the others."""
+    parts = [(*path.resolve().parts[:-1], _stem(path.resolve())) for path in paths]
+    found = [one[-1] for one in parts]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        repeated = {name for name in found if found.count(name) > 1}
+        if not repeated:
+            break
+        found = ["/".join(one[-length:]) if name in repeated else name for name, one in zip(found, parts, strict=True)]
+    return found
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".tsv") if path.is_file() else path.name
+
+
+def load(path: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
     """Read one data set.
 
     Args:
         path: A folder in BEIR's layout, or a ``.tsv`` or ``.tsv.gz`` file.
+        name: Its name; None is that of the file or folder.
 
     Returns:
         What the content says it is; its name is that of the folder or file.
@@ -164,22 +189,29 @@ def load(path: str | os.PathLike[str]) -> Dataset:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}; give {_ACCEPTED}")
+    name = _stem(path.resolve()) if name is None else name
     if path.is_dir():
-        return _load_retrieval(path)
+        return _load_retrieval(path, name)
     if not path.name.endswith(_TSV):
         raise ValueError(f"{path} is no data set; give {_ACCEPTED}")
-    return _load_pairs(path)
+    return _load_pairs(path, name)
 
 
-def _found(path: Path) -> Iterator[Path]:
+def _found(path: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the data sets at a path; `seen` are the folders that were looked at, without links."""
     if path.is_file():
         yield path  # whatever it is: `load` says what is wrong with it
-    elif _is_retrieval(path):
+        return
+    real = path.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    if _is_retrieval(path):
         yield path
-    else:
-        for child in path.iterdir():
-            if child.is_dir() or child.name.endswith(_TSV):
-                yield from _found(child)
+        return
+    for child in sorted(path.iterdir(), key=lambda child: (child.is_symlink(), child)):  # folders before links to them
+        if child.is_dir() or child.name.endswith(_TSV):
+            yield from _found(child, seen)
 
 
 def _is_retrieval(folder: Path) -> bool:
@@ -191,16 +223,16 @@ def _existing(folder: Path, *names: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _load_retrieval(folder: Path) -> RetrievalSet:
+def _load_retrieval(folder: Path, name: str) -> RetrievalSet:
     files = {}
-    for part, names in (
+    for part, accepted in (
         ("corpus", ("corpus.jsonl",)),
         ("queries", ("queries.jsonl",)),
         ("qrels", ("qrels.tsv", "qrels/test.tsv")),
     ):
-        file = _existing(folder, *names)
+        file = _existing(folder, *accepted)
         if file is None:
-            raise FileNotFoundError(f"{folder} has no {' or '.join(names)}, plain or .gz; give {_ACCEPTED}")
+            raise FileNotFoundError(f"{folder} has no {' or '.join(accepted)}, plain or .gz; give {_ACCEPTED}")
         files[part] = file
     corpus = _read_texts(files["corpus"])
     texts = _read_texts(files["queries"])
@@ -208,7 +240,7 @@ def _load_retrieval(folder: Path) -> RetrievalSet:
     queries = {query: text for query, text in texts.items() if any(g > 0 for g in qrels.get(query, {}).values())}
     if not queries:
         raise ValueError(f"{files['qrels']} judges no query of {files['queries']} relevant to any passage")
-    return RetrievalSet(folder.name, corpus, queries, {query: qrels[query] for query in queries})
+    return RetrievalSet(name, corpus, queries, {query: qrels[query] for query in queries})
 
 
 def _read_texts(file: Path) -> dict[str, str]:
@@ -217,7 +249,7 @@ def _read_texts(file: Path) -> dict[str, str]:
     for where, line in _lines(file):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("_id"), str):
             raise ValueError(f'{where} must be an object like {{"_id": "a string", "title": "", "text": "…"}}')
@@ -246,8 +278,7 @@ def _read_qrels(file: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _load_pairs(file: Path) -> BitextSet | SimilaritySet:
-    name = file.name.removesuffix(".gz").removesuffix(".tsv")
+def _load_pairs(file: Path, name: str) -> BitextSet | SimilaritySet:
     rows = [(where, line.split("\t")) for where, line in _lines(file)]
     if not rows:
         raise ValueError(f"{file} is empty; give {_ACCEPTED}")

@@ -146,17 +146,31 @@ def judge(
         import ir_measures
     except ImportError as error:
         raise missing_extra("ir-measures", "eval") from error
+    # trec_eval is C and reads ids as C strings: it gets numbers instead of them.
+    queries = {query: str(number) for number, query in enumerate(dataset.queries)}
+    passages: dict[str, str] = {}
+    for ids in (*rankings.values(), *dataset.qrels.values()):
+        for passage in ids:
+            passages.setdefault(passage, str(len(passages)))
     run = {}
     for query, ranking in rankings.items():
-        # Scores that fall by 1 keep our order of passages that tie: trec_eval would sort them by their ids.
-        run[query] = {passage: float(len(ranking) - rank) for rank, passage in enumerate(ranking)}
-        if len(run[query]) < len(ranking):
+        if len(set(ranking)) < len(ranking):
             raise ValueError(f"a passage is found more than once for the query {query!r}; give each once")
+        if query in queries:
+            # Scores that fall by 1 keep our order of passages that tie: trec_eval would sort them by their ids.
+            falling = range(len(ranking), 0, -1)
+            run[queries[query]] = {
+                passages[passage]: float(score) for passage, score in zip(ranking, falling, strict=True)
+            }
     names = {ir_measures.parse_measure(theirs): ours for ours, theirs in _MEASURES.items()}
     per_query = {ours: dict.fromkeys(dataset.queries, 0.0) for ours in _MEASURES}
-    qrels = {query: dict(dataset.qrels[query]) for query in dataset.queries}
+    qrels = {
+        number: {passages[passage]: grade for passage, grade in dataset.qrels[query].items()}
+        for query, number in queries.items()
+    }
+    given = {number: query for query, number in queries.items()}
     for metric in ir_measures.iter_calc(list(names), qrels, run):
-        per_query[names[metric.measure]][metric.query_id] = float(metric.value)
+        per_query[names[metric.measure]][given[metric.query_id]] = float(metric.value)
     return {name: float(np.mean(list(values.values()))) for name, values in per_query.items()}, per_query
 
 

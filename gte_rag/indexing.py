@@ -41,7 +41,7 @@ CHUNK_TOKENS = 256
 MIN_CHUNK_TOKENS = 16
 
 # Part of every document digest: raise it when documents are split differently, and all are split anew.
-_SPLITTING = "1"
+_SPLITTING = "2"
 # No token of the multilingual vocabularies is longer, so more characters than this a token cannot fit. Asking the tokenizer
 # about ever longer prefixes of a word without boundaries (base64, a hash dump) takes quadratic time.
 _LONGEST_TOKEN = 16
@@ -53,8 +53,8 @@ _LOOKUP_DOCUMENTS = 64
 _LOOKUP_CHARACTERS = 4_000_000
 _PAGE = 2000
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")  # what follows backticks has none, or they are code within a line
+_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*)$")
 _HEADING_CHARACTERS = 200
 
 
@@ -442,6 +442,13 @@ def _below(source: str, roots: Iterable[str]) -> bool:
     return any(source == root or source.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
+def _is_walked(real: str, root: str) -> bool:
+    """Whether a folder without links in its path is read as a part of another one, because no name between them is hidden."""
+    if real == root:
+        return True
+    return _below(real, [root]) and not any(name.startswith(".") for name in os.path.relpath(real, root).split(os.sep))
+
+
 def _absolute(path: Path) -> Path:
     """Return a folder without links in its path, or a file by its own name in such a folder."""
     return path.resolve() if os.path.isdir(path) else path.parent.resolve() / path.name
@@ -460,8 +467,9 @@ def _walk(root: Path, failed: dict[str, Failure]) -> Iterator[Path]:
         for name in sorted(folders):
             path = os.path.join(folder, name)
             real = os.path.realpath(path)
-            # A link into the tree leads to what is read under its own name, one to a folder above it never ends.
-            leads_back = os.path.islink(path) and (_below(real, [str(root)]) or _below(str(root), [real]))
+            # A link into the tree leads to what is read under its own name, if no folder on the way is hidden; one to a
+            # folder above it never ends.
+            leads_back = os.path.islink(path) and (_is_walked(real, str(root)) or _below(str(root), [real]))
             if not name.startswith(".") and real not in seen and not leads_back:
                 seen.add(real)
                 enter.append(name)
@@ -494,6 +502,13 @@ def _decode(source: str, data: bytes, *, markdown: bool) -> Document | Failure:
     return Document(source, text.replace("\r\n", "\n").replace("\r", "\n"), markdown)
 
 
+def _without_closing(title: str) -> str:
+    """Return a heading's text without the ``#`` that may close it, which a space sets off."""
+    title = title.rstrip(" \t")
+    opened = title.rstrip("#")
+    return opened.rstrip(" \t") if opened[-1:] in ("", " ", "\t") else title
+
+
 def _headings(text: str) -> Iterator[tuple[int, str]]:
     """Yield position and text of the headings that are marked with ``#``, outside code."""
     position, fence = 0, ""
@@ -504,6 +519,6 @@ def _headings(text: str) -> Iterator[tuple[int, str]]:
                 fence = ""
         elif opening:
             fence = opening[1]
-        elif (heading := _HEADING.match(line)) and heading[1]:
-            yield position, heading[1][:_HEADING_CHARACTERS]
+        elif (heading := _HEADING.match(line)) and (title := _without_closing(heading[1])):
+            yield position, title[:_HEADING_CHARACTERS]
         position += len(line) + 1

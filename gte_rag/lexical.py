@@ -330,7 +330,8 @@ class SparseIndex:
             ids = [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairwise(bounds)]
             if not _fit_together(ids, arrays, index.vocab_size):
                 return None
-        except (OSError, SafetensorError, KeyError, ValueError):
+        # TypeError and AttributeError: of types that NumPy lacks.
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
             return None
         if ids:
             index._segments = (_alive(ids, arrays["tokens"], arrays["starts"], arrays["rows"], arrays["weights"]),)
@@ -357,7 +358,7 @@ def _fit_together(ids: list[str], arrays: Mapping[str, NDArray[Any]], vocab_size
         and starts.size == tokens.size + 1
         and starts[0] == 0
         and starts[-1] == rows.size == weights.size
-        and np.all(starts[1:] >= starts[:-1])
+        and np.all(starts[1:] > starts[:-1])
         and np.all(tokens[1:] > tokens[:-1])
         and (not tokens.size or (tokens[0] >= 0 and tokens[-1] < vocab_size))
         and (not rows.size or (rows.min() >= 0 and rows.max() < len(ids)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,12 +57,13 @@ _RERANK_DOCUMENTS, _RERANK_TOKENS, _RERANK_LENGTH = 500, 30_000, 4_000
 
 
 class _Asked(NamedTuple):
-    """What a call wants of every text."""
+    """What a call wants of every text; `stop` is set once it wants nothing any more."""
 
     queries: bool
     dense: bool
     sparse: bool
     dimension: int
+    stop: threading.Event
 
 
 class _Vectors(NamedTuple):
@@ -192,9 +194,8 @@ class RemoteEncoder(TextEncoder):
             raise CheckpointError(
                 f"{self.name} gives no sparse vectors; call with sparse=False (score_pairs: sparse_weight=0)"
             )
-        asked = _Asked(
-            queries, dense, sparse, self.dimension if dimension is None else self._check_dimension(dimension)
-        )
+        wanted = self.dimension if dimension is None else self._check_dimension(dimension)
+        asked = _Asked(queries, dense, sparse, wanted, threading.Event())
         prompt = self.query_prompt if queries else self.document_prompt
         prepared, truncated = self._cut([prompt + text for text in checked])
         first_row: dict[str, int] = {}
@@ -217,18 +218,20 @@ class RemoteEncoder(TextEncoder):
         batches = [texts[start : start + self._batch_size] for start in range(0, len(texts), self._batch_size)]
         if len(batches) < 2 or self._concurrency == 1:
             return [vectors for batch in batches for vectors in self._reported(batch, asked, report)]
-        with ThreadPoolExecutor(min(self._concurrency, len(batches)), thread_name_prefix="gte-rag-remote") as pool:
-            running = [pool.submit(self._reported, batch, asked, report) for batch in batches]
-            try:
-                for future in wait(running, return_when=FIRST_EXCEPTION).done:
-                    future.result()  # raises what went wrong
-                return [vectors for future in running for vectors in future.result()]
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        pool = ThreadPoolExecutor(min(self._concurrency, len(batches)), thread_name_prefix="gte-rag-remote")
+        running = [pool.submit(self._reported, batch, asked, report) for batch in batches]
+        try:
+            for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                future.result()  # raises what went wrong
+            return [vectors for future in running for vectors in future.result()]
+        finally:
+            asked.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # a request on its way ends by itself, unheard
 
     def _reported(self, batch: list[str], asked: _Asked, report: Callable[[int], object]) -> list[_Vectors]:
         vectors = self._ask(batch, asked)
-        report(len(batch))
+        if not asked.stop.is_set():
+            report(len(batch))
         return vectors
 
     def _cut(self, texts: list[str]) -> tuple[list[str], int]:
@@ -260,7 +263,7 @@ class RemoteEncoder(TextEncoder):
     def _unit(self, values: object, dimension: int) -> FloatArray:
         try:
             vector = np.asarray(values, dtype=np.float32)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise RemoteError(f"{self.name} gave a vector that is no list of numbers") from None
         if vector.ndim != 1 or len(vector) != dimension:
             given = len(vector) if vector.ndim == 1 else vector.shape
@@ -281,7 +284,7 @@ class RemoteEncoder(TextEncoder):
                 if isinstance(token.get("token"), str):
                     strings[index] = token["token"]
             vector = SparseVector.from_dict(weights)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise RemoteError(f"{self.name} gave token weights that are no list of index and value") from None
         self._strings |= strings
         return vector
@@ -367,7 +370,7 @@ class DashScopeEncoder(RemoteEncoder):
         if self._instruct is not None and asked.queries:
             parameters["instruct"] = self._instruct
         body = {"model": self.name, "input": {"texts": texts}, "parameters": parameters}
-        answer = self._service.post("services/embeddings/text-embedding/text-embedding", body)
+        answer = self._service.post("services/embeddings/text-embedding/text-embedding", body, asked.stop)
         return self._vectors(_output(answer, "embeddings"), asked, len(texts), "text_index")
 
 
@@ -457,7 +460,8 @@ class OpenAIEncoder(RemoteEncoder):
         }
         if len(self.dimensions) > 1:
             body["dimensions"] = asked.dimension
-        return self._vectors(self._service.post("embeddings", body).get("data"), asked, len(texts), "index")
+        answer = self._service.post("embeddings", body, asked.stop)
+        return self._vectors(answer.get("data"), asked, len(texts), "index")
 
 
 class DashScopeReranker(TextReranker):
@@ -542,8 +546,11 @@ class DashScopeReranker(TextReranker):
         }
         answer = self._service.post("services/rerank/text-rerank/text-rerank", body)
         scores = [row.get("relevance_score") for row in _in_order(_output(answer, "results"), len(texts), "index")]
-        numbers = [float(score) for score in scores if isinstance(score, (int, float)) and math.isfinite(score)]
-        if len(numbers) < len(texts):
+        try:
+            numbers = [float(score) for score in scores if isinstance(score, (int, float))]
+        except OverflowError:  # a whole number that no float holds
+            numbers = []
+        if len(numbers) < len(texts) or not all(map(math.isfinite, numbers)):
             raise RemoteError(f"{self.name} gave a score that is no number")
         return numbers
 

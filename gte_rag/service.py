@@ -9,7 +9,6 @@ import math
 import os
 import random
 import threading
-import time
 import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -40,6 +39,10 @@ class Service:
             raise ValueError("base_url has a user name, a password, a query or a fragment; a key is given as api_key")
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url is {base_url!r}; give an address such as 'http://127.0.0.1:8000/v1'")
+        try:
+            _ = parts.port, parts.hostname.encode("idna")
+        except ValueError as error:
+            raise ValueError(f"base_url is {base_url!r}: {error}") from error
         _check_number("timeout", timeout)
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise ValueError(f"max_retries is {max_retries!r}; give a whole number, 0 for none")
@@ -74,14 +77,22 @@ class Service:
                 self._client.close()
             self._client = None
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any], stop: threading.Event | None = None) -> dict[str, Any]:
         """Send a request and return the JSON object that answers it.
+
+        Args:
+            path: What follows `base_url`.
+            body: What JSON can write.
+            stop: Once it is set nothing is sent or waited for any more.
 
         Raises:
             RemoteError: It failed, or failed again each time it was repeated.
         """
+        stop = threading.Event() if stop is None else stop
         url = f"{self.base_url}/{path}"
         for attempt in range(self._max_retries + 1):
+            if stop.is_set():
+                break
             try:
                 return self._attempt(url, body)
             except _TemporaryError as failure:
@@ -90,15 +101,15 @@ class Service:
                     raise failure.of(f"; tried {attempt + 1} times" if attempt else "") from None
                 if wait > _MOST_PATIENCE:
                     raise failure.of(f"; it asks to wait for {wait:.0f} seconds") from None
-            time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+            _pause(wait, stop)
+        raise RemoteError(f"{url}: given up, because another request of the same call has failed")
 
     def _attempt(self, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
         httpx, key = self._httpx, self._key.read()
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         try:
             response = self._opened().post(url, json=body, headers=headers)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # the latter: closed meanwhile
             # Not repeated: the service may have done, and charged for, what it did not answer.
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RemoteError(_hidden(f"{url}: {reason}", key)) from None
@@ -184,7 +195,7 @@ def _json(response: httpx.Response) -> Any:  # noqa: ANN401
     """Return what the body says, None if it is no JSON."""
     try:
         return response.json()
-    except ValueError:  # of JSON, or of the body's encoding
+    except (ValueError, RecursionError):  # of JSON, of the body's encoding, of its depth
         return None
 
 
@@ -210,6 +221,11 @@ def _hidden(text: str, key: str | None) -> str:
     return text.replace(key, "<key>") if key else text
 
 
+def _pause(seconds: float, stop: threading.Event) -> None:
+    """Wait, until `stop` is set at most."""
+    stop.wait(seconds)
+
+
 def _backoff(attempt: int) -> float:
     """Return how many seconds to wait after an attempt, 0 the first: doubled each time, and no two callers alike."""
     longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0**attempt)
@@ -224,7 +240,7 @@ def _seconds(retry_after: str | None) -> float:
         if retry_after.strip().isdigit():
             return float(retry_after)
         then = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     if then.tzinfo is None:
         then = then.replace(tzinfo=timezone.utc)

@@ -445,8 +445,9 @@ class ChromaSink(Sink):
         address = urlsplit(self.url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(f"url is {_public(self.url)!r}; give the address of a Chroma server, http://host:8000")
+        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname  # IPv6
         client = chromadb.HttpClient(
-            host=address.hostname,
+            host=host,
             port=address.port or (443 if address.scheme == "https" else 8000),
             ssl=address.scheme == "https",
             headers={"Authorization": f"Bearer {self.token}"} if self.token else None,

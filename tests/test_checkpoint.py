@@ -47,7 +47,9 @@ def change_config(folder: Path, **values: Any) -> None:
 def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = folder / "changed"
+    save_file(tensors, changed, metadata={"format": "pt"})
+    changed.replace(folder / "model.safetensors")  # what is loaded may still lie in the old file
 
 
 def refused(folder: Path, message: str) -> None:

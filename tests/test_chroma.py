@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -21,6 +23,7 @@ from chromadb.config import Settings
 
 from gte_rag.chroma import HybridCollection
 from gte_rag.errors import CollectionMismatchError
+from gte_rag.fusion import Calibration
 from gte_rag.records import RESERVED_KEY, MetadataValue, Record
 from gte_rag.retriever import Hit, HybridRetriever
 from stub_encoder import WORD_WEIGHT, StubEncoder, open_collection
@@ -715,3 +718,79 @@ def test_vectors_over_a_server_are_those_of_memory(
     for record_id in ids:
         assert far[record_id].sparse_score == near[record_id].sparse_score
         assert far[record_id].score == pytest.approx(near[record_id].score, abs=1e-6)
+
+
+# Threads, and answers that are lost
+
+
+def test_a_calibration_outlives_the_write_of_another_thread(stub: StubEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = open_collection(chromadb.EphemeralClient(), f"c{uuid4().hex}", stub)
+    calibration, read = Calibration(0.5, 0.1, 0.3, 0.2, 16, 100), collection._metadata
+    setting = threading.Thread(target=setattr, args=(collection, "calibration", calibration))
+
+    def read_and_let_it_be_set() -> dict[str, Any]:
+        found = read()
+        if setting.ident is None:
+            setting.start()
+            setting.join(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(collection, "_metadata", read_and_let_it_be_set)
+    collection.upsert(["a"], ["text"])  # leaves its stamp in the same metadata
+    setting.join()
+    assert collection.calibration == calibration
+
+
+def test_of_threads_that_add_one_id_all_but_one_are_refused(stub: StubEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = open_collection(chromadb.EphemeralClient(), f"c{uuid4().hex}", stub)
+    together, encode = threading.Barrier(3), stub.encode_documents
+
+    def encode_together(*args: Any, **options: Any) -> Any:
+        together.wait(timeout=10)  # all have seen that the id is free
+        return encode(*args, **options)
+
+    monkeypatch.setattr(stub, "encode_documents", encode_together)
+    refused: list[str] = []
+
+    def add(number: int) -> None:
+        try:
+            collection.add(["x"], [f"text {number}"])
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 2
+    assert all("added by another thread or process" in message for message in refused)
+    assert collection.count() == 1
+
+
+@pytest.mark.parametrize("write", ["upsert", "delete"])
+def test_a_write_whose_answer_is_lost_is_searched_all_the_same(
+    stub: StubEncoder, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    collection = open_collection(chromadb.EphemeralClient(), f"c{uuid4().hex}", stub)
+    collection.upsert(["a", "b"], ["alpha", "beta"])
+    retriever = HybridRetriever(collection, mode="sparse")
+    assert [hit.id for hit in retriever.search("beta")] == ["b"]
+    applied = getattr(collection.collection, write)
+
+    def lose(*args: Any, **options: Any) -> None:
+        applied(*args, **options)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(collection.collection, write, lose)
+    change = partial(collection.upsert, ["b"], ["omega"]) if write == "upsert" else partial(collection.delete, ["b"])
+    with pytest.raises(TimeoutError):
+        change()
+    assert [hit.id for hit in retriever.search("omega")] == (["b"] if write == "upsert" else [])
+    assert [hit.id for hit in retriever.search("beta")] == []
+
+
+def test_more_than_chroma_can_be_asked_for_is_all(collection: HybridCollection) -> None:
+    assert len(search(collection, "cat", k=2**32)) == 3
+    assert len(collection.get(limit=2**40)) == 3
+    assert collection.get(offset=2**40) == []

@@ -714,3 +714,38 @@ def test_eval_says_what_it_cannot_do(
 ) -> None:
     assert cli.main(["eval", *(argument.replace("DATA", str(labelled)) for argument in arguments)]) == code
     assert message in capsys.readouterr().err
+
+
+def test_eval_refuses_a_file_it_could_not_write_and_a_set_it_could_not_read_before_it_begins(
+    labelled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gte_rag.evaluation.evaluate", lambda *_, **__: pytest.fail("has begun"))
+    for target in (str(labelled), "."):
+        assert cli.main(["eval", str(labelled), "--json", target]) == 2
+        assert "this is a folder; give a file" in capsys.readouterr().err
+        assert cli.main(["explain", "a", "a", "--html", target]) == 2
+        assert "this is a folder; give a file" in capsys.readouterr().err
+    assert cli.main(["eval", str(labelled), "--max-queries", "1"]) == 1
+    assert "whose scores do not differ" in capsys.readouterr().err
+    (labelled / "zz.tsv").write_text("one column\n", encoding="utf-8")
+    assert cli.main(["eval", str(labelled)]) == 1
+    assert "zz.tsv" in capsys.readouterr().err
+
+
+def test_eval_shows_names_as_they_are(tmp_path: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = labelled / "sts[dev] [link=http:evil]x.tsv"
+    (labelled / "sts.tsv").rename(odd)
+    assert cli.main(["eval", str(odd), "--json", str(tmp_path / "one.json")]) == 0
+    assert "sts[dev] [link=http:evil]x" in capsys.readouterr().out
+    assert cli.main(["eval", "--compare", str(tmp_path / "one.json"), str(tmp_path / "one.json")]) == 2
+    (tmp_path / "two.json").write_bytes((tmp_path / "one.json").read_bytes())
+    assert cli.main(["eval", "--compare", str(tmp_path / "one.json"), str(tmp_path / "two.json")]) == 0
+    assert "sts[dev] [link=http:evil]x" in capsys.readouterr().out
+
+
+def test_arguments_that_are_refused_keep_their_control_characters(run: Run) -> None:
+    result = run("index", f"--x{ESCAPE}]0;owned\a", "notes", "--db", "d")
+    assert result.code == 2
+    assert "unrecognized arguments: --x" in result.err
+    assert ESCAPE not in result.err
+    assert "\a" not in result.err

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from gte_rag.datasets import BitextSet, RetrievalSet, SimilaritySet, find, load
+from gte_rag.datasets import BitextSet, RetrievalSet, SimilaritySet, find, load, names
 
 CORPUS = [{"_id": "a", "title": "Port", "text": "is closed"}, {"_id": "b", "text": "Bread"}, {"_id": "c", "text": ""}]
 QUERIES = [{"_id": "q1", "text": "port?"}, {"_id": "q2", "text": "bread?"}, {"_id": "q3", "text": "not judged"}]
@@ -64,6 +65,7 @@ def test_all_sets_of_a_tree_are_found_in_order(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("corpus.jsonl", "{", r"corpus\.jsonl, line 1, is not JSON"),
+        ("corpus.jsonl", "[" * 200_000, r"corpus\.jsonl, line 1, is not JSON"),
         ("corpus.jsonl", '{"_id": 1, "text": "x"}', r"line 1, must be an object like"),
         ("corpus.jsonl", '{"_id": "a"}', r"line 1,: text must be a string"),
         ("queries.jsonl", '{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}', r"line 2, repeats the id 'q1'"),
@@ -139,3 +141,32 @@ def test_samples_of_pairs_keep_them_together() -> None:
     assert len(bitext) == len(similarity) == 5
     assert bitext.sources == bitext.targets
     assert [f"{score:g}" for score in similarity.scores] == similarity.firsts == similarity.seconds
+
+
+def test_a_name_is_told_from_others_by_the_folders_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("miracl/ar", "mldr/ar", "mldr/de"):
+        beir(tmp_path / name)
+    assert names(find(tmp_path)) == ["miracl/ar", "mldr/ar", "de"]
+    monkeypatch.chdir(tmp_path / "mldr" / "de")
+    assert names(find(".")) == ["de"]
+    assert load(".").name == "de"
+    assert load(".", name="mine").name == "mine"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_links_that_lead_back_are_followed_once(tmp_path: Path) -> None:
+    beir(tmp_path / "data" / "one")
+    for name in ("data/loop", "data/two", "empty/a", "empty/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "data" / "one" if name == "data/two" else (tmp_path / name).parent)
+    assert find(tmp_path / "data") == [tmp_path / "data" / "one"]
+    with pytest.raises(ValueError, match="holds no data set"):
+        find(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("grade", [10_001, -10_001, 10**30])
+def test_a_grade_that_no_judge_gives_is_refused(tmp_path: Path, grade: int) -> None:
+    folder = beir(tmp_path / "cities")
+    write(folder / "qrels.tsv", f"q1\ta\t1\nq1\tb\t{grade}\n")
+    with pytest.raises(ValueError, match="the largest grade is 10000"):
+        load(folder)

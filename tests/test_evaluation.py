@@ -80,6 +80,16 @@ def oracle(
     return rankings
 
 
+def test_ids_that_are_no_c_strings_are_told_apart() -> None:
+    ids = ["a\0b", "a\0c", "\ud800", "", "a b", "a\tb"]
+    for right in ids:
+        dataset = RetrievalSet("odd", dict.fromkeys(ids, "text"), {right: "?"}, {right: {right: 1}})
+        for first in ids:
+            scores, per_query = judge({right: [first]}, dataset)
+            assert scores["ndcg@10"] == (first == right)
+            assert per_query["ndcg@10"] == {right: first == right}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dimension", [8, 32])
 def test_every_mode_reaches_what_a_slow_oracle_reaches(dataset: RetrievalSet, mode: str, dimension: int) -> None:

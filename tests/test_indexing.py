@@ -292,6 +292,34 @@ def test_comments_in_code_are_no_headings(encoder: GTEEncoder) -> None:
     assert {chunk.heading for chunk in chunks} == {"Title"}
 
 
+@pytest.mark.parametrize(
+    ("line", "heading"),
+    [
+        ("# One ##", "One"),
+        ("# One#", "One#"),
+        ("## C# #\t", "C#"),
+        ("#\tOne", "One"),
+        ("# ##", ""),
+        ("#One", ""),
+        ("####### One", ""),
+    ],
+)
+def test_a_heading_is_read_as_markdown_has_it(encoder: GTEEncoder, line: str, heading: str) -> None:
+    chunks = Splitter(encoder).split(Document("/a", f"{line}\n\nText.\n", markdown=True))
+    assert chunks[0].heading == heading
+
+
+def test_code_within_a_line_hides_no_heading(encoder: GTEEncoder) -> None:
+    text = "# One\n\n```gte-rag index``` is a command.\n\n# Two\n\nText of the second part.\n"
+    chunks = Splitter(encoder, chunk_tokens=16).split(Document("/a", text, markdown=True))
+    assert chunks[-1].heading == "Two"
+
+
+def test_a_heading_of_spaces_takes_no_longer_than_others(encoder: GTEEncoder) -> None:
+    line = "# a" + " " * 200_000 + "b"  # time that grows with the square of it would be minutes
+    assert Splitter(encoder).split(Document("/a", line, markdown=True))[0].heading.startswith("a ")
+
+
 def test_plain_text_has_no_headings(encoder: GTEEncoder) -> None:
     assert Splitter(encoder).split(Document("/a", "# 1 is a number"))[0].heading == ""
 
@@ -375,6 +403,14 @@ def test_links_are_followed_without_loops_or_repetition(tmp_path: Path) -> None:
     (tmp_path / "outside" / "back").symlink_to(tmp_path / "outside")
     (root / "file.md").symlink_to(tmp_path / "outside" / "b.md")
     assert names(root, root) == ["file.md", "other/b.md", "other/sub/c.md", "real/a.md"]
+
+
+@posix_only
+def test_a_link_to_a_hidden_folder_of_the_tree_is_followed(tmp_path: Path) -> None:
+    tree(tmp_path, "root/.store/docs/a.md", "root/b.md")
+    root = tmp_path / "root"
+    (root / "docs").symlink_to(root / ".store" / "docs")  # as mounted configuration is laid out
+    assert names(root, root) == ["b.md", "docs/a.md"]
 
 
 @posix_only

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -383,6 +385,34 @@ def test_no_damaged_byte_and_no_lost_end_goes_unnoticed(tmp_path: Path) -> None:
             assert {name: loaded.vector(name).to_dict() for name in loaded.ids()} == {
                 name: whole.vector(name).to_dict() for name in whole.ids()
             }
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_numbers_of_a_type_that_numpy_lacks_are_not_loaded(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "index"
+    small_index().save(path, stamp="s")
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    weights = header["weights"]
+    weights["dtype"], weights["shape"] = dtype, [weights["shape"][0] * (2 if dtype == "BF16" else 4)]
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + size :])
+    assert SparseIndex.load(path, stamp="s") is None
+
+
+def test_a_token_without_postings_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index"
+    index = small_index()
+    segment = index._segments[0]
+    forged = replace(
+        segment,
+        tokens=np.append(segment.tokens, index.vocab_size - 1).astype(segment.tokens.dtype),
+        starts=np.append(segment.starts, segment.starts[-1]),
+    )
+    monkeypatch.setattr(index, "_segments", (forged,))
+    index.save(path, stamp="s")
+    assert SparseIndex.load(path, stamp="s") is None
 
 
 @given(garbage=st.binary(max_size=200))

@@ -272,7 +272,7 @@ def test_several_requests_run_at_the_same_time(server: ScriptedServer) -> None:
         return openai(request)
 
     server.script = [answer]
-    own(server, batch_size=1, concurrency=3).encode_documents(["a", "b", "c"], sparse=False)
+    own(server, batch_size=1, max_concurrency=3).encode_documents(["a", "b", "c"], sparse=False)
 
 
 def test_the_first_failure_ends_the_call(server: ScriptedServer) -> None:
@@ -453,6 +453,34 @@ def test_an_answer_of_the_reranker_that_does_not_fit_is_refused(
     server.script = [Answer(body={"output": {"results": results}})]
     with pytest.raises(RemoteError, match=message):
         DashScopeReranker(base_url=server.url).rerank("q", ["a", "b"])
+
+
+def test_the_first_failure_ends_a_call_at_once(server: ScriptedServer) -> None:
+    waiting = threading.Barrier(3)
+
+    def refuse_one(request: Request) -> Answer:
+        waiting.wait(timeout=10)
+        if "bad" in request.body["input"]["texts"]:
+            return Answer(400, {"code": "InvalidParameter", "message": "no"})
+        return Answer(429, {"code": "Throttling", "message": "later"}, {"Retry-After": "100"})
+
+    server.script = [refuse_one]
+    encoder = DashScopeEncoder("text-embedding-v3", base_url=server.url, concurrency=3)
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match="HTTP 400 InvalidParameter"):
+        encoder.encode_documents([*map(str, range(14)), "bad", *map(str, range(14, 29))])  # three requests
+    assert time.monotonic() - began < 50
+    assert len(server.requests) == 3
+
+
+def test_a_number_that_no_float_holds_is_a_remote_error(server: ScriptedServer) -> None:
+    huge = b"1" + b"0" * 400
+    server.script = [Answer(body=b'{"data": [{"index": 0, "embedding": [1, ' + huge + b"]}]}")]
+    with pytest.raises(RemoteError, match="no list of numbers"):
+        OpenAIEncoder(server.url, "m", dimension=2).encode_queries(["q"], sparse=False)
+    server.script = [Answer(body=b'{"output": {"results": [{"index": 0, "relevance_score": ' + huge + b"}]}}")]
+    with pytest.raises(RemoteError, match="a score that is no number"):
+        DashScopeReranker(base_url=server.url).rerank("q", ["a"])
 
 
 # A real server

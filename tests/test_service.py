@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import pickle
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ GOOD = Answer(body={"ok": True})
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long was waited, without waiting; and no proxy between this process and itself."""
     waited: list[float] = []
-    monkeypatch.setattr("gte_rag.service.time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("gte_rag.service._pause", lambda seconds, stop: waited.append(seconds))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return waited
 
@@ -232,3 +232,29 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str, monke
 def test_a_key_over_plain_http_to_another_machine_is_warned_about() -> None:
     with pytest.warns(UserWarning, match=r"the key for example\.invalid is sent over http, unencrypted"):
         Service("http://example.invalid/v1", Key(KEY, None), timeout=1, max_retries=0)
+
+
+def test_an_answer_too_deep_to_read_is_no_json(server: ScriptedServer) -> None:
+    server.script = [Answer(body=b"[" * 200_000)]
+    with pytest.raises(RemoteError, match="the answer is no JSON object"):
+        service(server).post("p", {})
+
+
+def test_a_date_that_no_clock_shows_is_not_waited_for(server: ScriptedServer, waits: list[float]) -> None:
+    server.script = [Answer(429, {}, {"Retry-After": "Mon, 01 Jan 2100 00:00:00 +9999999999999"}), GOOD]
+    service(server).post("p", {})
+    assert waits[0] <= 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc/v1", "http://127.0.0.1:99999/v1", "https://exa_mple..com"])
+def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValueError, match="base_url is"):
+        Service(url, Key(None, None), timeout=1, max_retries=0)
+
+
+def test_a_stopped_call_sends_nothing(server: ScriptedServer) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RemoteError, match="given up"):
+        service(server).post("p", {}, stop)
+    assert server.requests == []

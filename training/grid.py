@@ -73,22 +73,26 @@ def rounded(layers: nn.Module, active: bool, *, eight_bits: bool = False) -> Ite
     matrices = [parameter for parameter in layers.parameters() if active and parameter.ndim == 2]
     changed = [module for module in layers.modules() if active and eight_bits and isinstance(module, Layer)]
     precise = [matrix.data for matrix in matrices]
-    for matrix in matrices:
-        matrix.data = coarse(matrix.data, STEPS)
-    for layer in changed:
-        layer.eight_bits = True
-    yield
-    for matrix, data in zip(matrices, precise, strict=True):
-        matrix.data = data
-    for layer in changed:
-        layer.eight_bits = False
+    try:
+        for matrix in matrices:
+            matrix.data = coarse(matrix.data, STEPS)
+        for layer in changed:
+            layer.eight_bits = True
+        yield
+    finally:
+        for matrix, data in zip(matrices, precise, strict=True):
+            matrix.data = data
+        for layer in changed:
+            layer.eight_bits = False
 
 
 @contextmanager
 def rounded_words(embedding: nn.Embedding, start: Tensor, active: bool) -> Iterator[None]:
     """The same for word embeddings, given those training started from."""
     precise = embedding.weight.data
-    if active:
-        embedding.weight.data = round_words(precise, start)
-    yield
-    embedding.weight.data = precise
+    try:
+        if active:
+            embedding.weight.data = round_words(precise, start)
+        yield
+    finally:
+        embedding.weight.data = precise

@@ -110,14 +110,9 @@ def config_from(shape: Mapping[str, Any]) -> GTEConfig:
 
 
 def _but_own(gradient: Tensor) -> Tensor:
+    """Leave out what belongs to channels `OWN`: rows of a matrix that writes hidden states, entries of a bias."""
     gradient = gradient.clone()
     gradient[OWN] = 0
-    return gradient
-
-
-def _but_own_columns(gradient: Tensor) -> Tensor:
-    gradient = gradient.clone()
-    gradient[:, OWN] = 0
     return gradient
 
 
@@ -148,7 +143,7 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.word_embeddings.weight.register_hook(_but_own_columns)
+        self.word_embeddings.weight.register_hook(lambda gradient: _but_own(gradient.T).T)
         self.embeddings_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         last = config.num_layers - 1
         self.layers = nn.ModuleList(Layer(config, carrying=number < last) for number in range(config.num_layers))
