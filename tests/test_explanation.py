@@ -115,5 +115,5 @@ def test_command_writes_a_page_whole_or_not_at_all(tmp_path: Path, capsys: pytes
     assert main(["explain", QUERY, TEXT, "--html", str(page)]) == 0
     assert "ECONNREFUSED" in page.read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    assert main(["explain", QUERY, TEXT, "--html", str(tmp_path / "absent" / "page.html")]) == 1
+    assert main(["explain", QUERY, TEXT, "--html", str(tmp_path / "absent" / "page.html")]) == 2
     assert "absent" in capsys.readouterr().err
