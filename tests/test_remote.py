@@ -272,7 +272,7 @@ def test_several_requests_run_at_the_same_time(server: ScriptedServer) -> None:
         return openai(request)
 
     server.script = [answer]
-    own(server, batch_size=1, max_concurrency=3).encode_documents(["a", "b", "c"], sparse=False)
+    own(server, batch_size=1, concurrency=3).encode_documents(["a", "b", "c"], sparse=False)
 
 
 def test_the_first_failure_ends_the_call(server: ScriptedServer) -> None:
