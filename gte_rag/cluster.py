@@ -16,6 +16,10 @@ from gte_rag.errors import BulkError, missing_extra
 _MOST_CPUS = 8
 # Little above Ray's least: only descriptions of the work pass through its store, never texts or vectors.
 _OBJECT_STORE_BYTES = 80 * 2**20
+_TOO_SLOW = (
+    "timed out during startup",
+    "Timed out waiting for file",
+)  # how Ray says that its own start has taken too long
 # Ray's own switches: report nothing to its makers; in a Ray that is started here listen on the loopback interface only (it
 # has an effect before Ray is first imported).
 _SWITCHES = {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -146,7 +150,7 @@ def start_ray(address: str, **options: Any) -> None:  # noqa: ANN401
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
             return
         except Exception as error:  # Ray has no class of its own for it
-            if "timed out during startup" not in str(error):
+            if not any(sign in str(error) for sign in _TOO_SLOW):
                 raise
             ray.shutdown()  # what has started of it
             if attempt == 2:

@@ -194,16 +194,19 @@ def test_more_workers_than_there_is_room_for_are_refused_instead_of_waited_for()
         list(Cluster(None, 3, 1, 0).pool(dict, (), [1]))
 
 
+@pytest.mark.parametrize(
+    "message", ["The current node timed out during startup. This could", "Timed out waiting for file /tmp/ray"]
+)
 @pytest.mark.parametrize(("failures", "starts"), [(0, 1), (1, 2), (2, 2)])
 def test_a_slow_start_of_ray_is_tried_once_more_and_then_reported(
-    monkeypatch: pytest.MonkeyPatch, failures: int, starts: int
+    monkeypatch: pytest.MonkeyPatch, failures: int, starts: int, message: str
 ) -> None:
     calls: list[str] = []
 
     def init(address: str, **options: Any) -> None:
         calls.append("init")
         if calls.count("init") <= failures:
-            raise Exception("The current node timed out during startup. This could happen because ...")
+            raise RuntimeError(message)
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
