@@ -132,6 +132,10 @@ class GTEEncoder(TextEncoder):
             max_length=max_length,
         )
 
+    def __deepcopy__(self, memo: object) -> GTEEncoder:
+        """Return the encoder itself: it never changes, and pydantic copies what it is given as a default."""
+        return self
+
     def __repr__(self) -> str:
         """Return name, dimension, device and precision."""
         return f"GTEEncoder({self.name!r}, dimension={self.dimension}, device='{self.device}', {self.precision})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -444,3 +445,7 @@ def test_other_weights_positions_head_or_vocabulary_change_the_fingerprint(tmp_p
     (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     other_vocabulary = GTEEncoder.from_pretrained(folder, device="cpu").fingerprint
     assert len({first, other_weights, other_rope, other_head, other_vocabulary}) == 5
+
+
+def test_a_copy_of_an_encoder_is_the_encoder(encoder: GTEEncoder) -> None:
+    assert copy.deepcopy({"encoder": encoder})["encoder"] is encoder
