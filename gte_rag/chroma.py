@@ -480,14 +480,12 @@ class HybridCollection:
         space = str((raw.get("hnsw") or raw.get("spann") or {}).get("space"))
         check_model(self.name, stored, self.encoder)
         if space != "cosine" and not (adopt and space in _DISTANCE_SCALE):
+            adopting = (
+                "; if this model filled it, open it with adopt=True, each time" if space in _DISTANCE_SCALE else ""
+            )
             raise CollectionMismatchError(
-                f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. "
-                + (
-                    "If this model filled it, open it with adopt=True, each time. Else i"
-                    if space in _DISTANCE_SCALE
-                    else "I"
-                )
-                + 'ndex into another collection, or create this one with configuration={"hnsw": {"space": "cosine"}}'
+                f"collection {self.name!r} uses the distance {space!r}; gte-rag needs 'cosine'. Index into another "
+                f'collection, or create this one with configuration={{"hnsw": {{"space": "cosine"}}}}{adopting}'
             )
         if FINGERPRINT_KEY not in stored:
             if not collection.count():

@@ -158,7 +158,7 @@ def find(path: str | os.PathLike[str]) -> list[Path]:
 
 def names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each data set: that of its file or folder, and as many folders above it as tell it from the others."""
-    parts = [(*path.resolve().parts[:-1], _stem(path.resolve())) for path in paths]
+    parts = [(*_absolute(path).parts[:-1], _name(path)) for path in paths]
     found = [one[-1] for one in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
         repeated = {name for name in found if found.count(name) > 1}
@@ -168,8 +168,14 @@ def names(paths: Sequence[Path]) -> list[str]:
     return found
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".tsv") if path.is_file() else path.name
+def _name(path: Path) -> str:
+    name = _absolute(path).name
+    return name.removesuffix(".gz").removesuffix(".tsv") if path.is_file() else name
+
+
+def _absolute(path: Path) -> Path:
+    """Return a path with a name, which ``.`` has not; a link keeps its own."""
+    return Path(os.path.abspath(path))
 
 
 def load(path: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
@@ -189,7 +195,7 @@ def load(path: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}; give {_ACCEPTED}")
-    name = _stem(path.resolve()) if name is None else name
+    name = _name(path) if name is None else name
     if path.is_dir():
         return _load_retrieval(path, name)
     if not path.name.endswith(_TSV):

@@ -111,6 +111,10 @@ class GTEReranker(TextReranker):
         )
         return cls(checkpoint, name=os.fspath(name_or_path), device=device, precision=precision, max_length=max_length)
 
+    def __deepcopy__(self, memo: object) -> GTEReranker:
+        """Return the reranker itself, as an encoder does."""
+        return self
+
     def __repr__(self) -> str:
         """Return name, device and precision."""
         return f"GTEReranker({self.name!r}, device='{self.device}', {self.precision})"

@@ -445,7 +445,7 @@ def test_a_collection_with_another_distance_is_refused_and_untouched(
     configuration: Any = {"hnsw": {"space": space}}
     raw = chroma_client.create_collection("distances", configuration=configuration, embedding_function=None)
     with pytest.raises(
-        CollectionMismatchError, match=f"uses the distance '{space}'; gte-rag needs 'cosine'. If .* adopt=True"
+        CollectionMismatchError, match=f"uses the distance '{space}'; gte-rag needs 'cosine'. Index into.*adopt=True"
     ):
         open_collection(chroma_client, "distances", stub)
     assert chroma_client.get_collection("distances", embedding_function=None).metadata == raw.metadata

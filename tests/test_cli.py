@@ -743,7 +743,7 @@ def test_eval_shows_names_as_they_are(tmp_path: Path, labelled: Path, capsys: py
     assert "sts[dev] [link=http:evil]x" in capsys.readouterr().out
 
 
-def test_arguments_that_are_refused_keep_their_control_characters(run: Run) -> None:
+def test_control_characters_of_refused_arguments_do_not_reach_the_terminal(run: Run) -> None:
     result = run("index", f"--x{ESCAPE}]0;owned\a", "notes", "--db", "d")
     assert result.code == 2
     assert "unrecognized arguments: --x" in result.err

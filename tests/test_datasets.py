@@ -119,6 +119,13 @@ def test_what_is_no_data_set_is_refused_with_what_is_accepted(tmp_path: Path) ->
         find(tmp_path / "empty")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_a_link_to_a_set_gives_it_the_links_name(tmp_path: Path) -> None:
+    (tmp_path / "ar").symlink_to(beir(tmp_path / "versions" / "2"))
+    assert load(tmp_path / "ar").name == "ar"
+    assert names([tmp_path / "ar"]) == ["ar"]
+
+
 def test_a_sample_depends_on_seed_and_ids_only() -> None:
     names = [f"q{number}" for number in range(50)]
     queries = dict.fromkeys(names, "text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -311,3 +312,7 @@ def test_the_model_cards_scores() -> None:
     ]
     # The card ran the model in float16.
     np.testing.assert_allclose(reranker.score_pairs(pairs), [1.2315, 0.5923, 0.3041], atol=5e-3)
+
+
+def test_a_copy_of_a_reranker_is_the_reranker(reranker: GTEReranker) -> None:
+    assert copy.deepcopy([reranker])[0] is reranker
