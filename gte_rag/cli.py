@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from gte_rag.encoder import GTEEncoder
     from gte_rag.explanation import Explanation, Mark, TokenMatch
-    from gte_rag.indexing import IndexReport, Progress
+    from gte_rag.indexing import Document, IndexReport, Progress
     from gte_rag.results import Result
     from gte_rag.retriever import Hit
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 1
     except _chroma_errors("ChromaError") as error:  # a damaged or read-only database, a full disk
-        _say(f"Chroma: {error}")
+        _say(f"Chroma in {arguments.db}: {error}" if "db" in arguments else f"Chroma: {error}")
         return 1
 
 
@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         metavar="N",
         help="longest passage in tokens (default: 256); documents split otherwise are split anew",
+    )
+    index.add_argument(
+        "--remove-missing",
+        action="store_true",
+        help="remove what the index has of a PATH that does not exist any more (default: it is kept, and reported)",
     )
 
     search = _command(commands, "search", _search, "search an index")
@@ -384,15 +389,22 @@ def _json_object(text: str) -> dict[str, Any]:
 def _index(arguments: argparse.Namespace) -> int:
     _require("chromadb", "rich", "semantic_text_splitter")
     from gte_rag.chroma import HybridCollection
-    from gte_rag.indexing import CHUNK_TOKENS, Selection, Splitter, read_file, read_stdin, select_files, sync
+    from gte_rag.indexing import CHUNK_TOKENS, Failure, Selection, Splitter, read_file, read_stdin, select_files, sync
     from gte_rag.segments import DATABASE_FILE
 
     started = time.monotonic()
-    selection = select_files(path for path in arguments.paths if path != "-")
-    if not selection.files and not selection.failed and "-" not in arguments.paths:
+    named = [path for path in arguments.paths if path != "-"]
+    is_database = (arguments.db / DATABASE_FILE).is_file()
+    # One name that leads nowhere keeps nobody from indexing the others; if none leads anywhere, it is a slip.
+    missing_ok = (arguments.remove_missing and is_database) or len(named) < len(arguments.paths)
+    selection = select_files(named, missing_ok=missing_ok or any(map(os.path.lexists, named)))
+    roots, missing = selection.roots, selection.missing
+    if arguments.remove_missing:
+        roots, missing = (*roots, *missing), ()
+    if not (selection.files or selection.failed or selection.missing or "-" in arguments.paths):
         _say(f"warning: no .md, .markdown, .txt, .text or .rst files in {', '.join(arguments.paths)}")
     client, recorded = None, {}
-    if (arguments.db / DATABASE_FILE).is_file():
+    if is_database:
         client = _open_client(arguments.db)
         recorded = _recorded(client, arguments.collection) or {}
     elif os.path.lexists(arguments.db) and not arguments.db.is_dir():
@@ -404,18 +416,20 @@ def _index(arguments: argparse.Namespace) -> int:
     with _as_usage_error():
         collection = HybridCollection(client or _open_client(arguments.db), arguments.collection, encoder=encoder)
 
-    def documents(selection: Selection) -> Iterator[Any]:
+    def documents(selection: Selection) -> Iterator[Document | Failure]:
+        for path in missing:
+            yield Failure(path, "does not exist; what the index has of it is kept (--remove-missing removes it)")
         yield from selection.failed
         if "-" in arguments.paths:
             yield read_stdin()
         yield from map(read_file, selection.files)
 
-    total = len(selection.files) + len(selection.failed) + ("-" in arguments.paths)
+    total = len(selection.files) + len(selection.failed) + len(missing) + ("-" in arguments.paths)
     with _progress(total) as on_progress:
         report = sync(
             collection,
             documents(selection),
-            roots=selection.roots,
+            roots=roots,
             chunk_tokens=chunk_tokens,
             on_progress=on_progress,
         )
@@ -914,7 +928,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     with _as_data_error():
         saved = {path: read(path) for path in arguments.compare}
     if not arguments.paths and len(saved) < 2:
-        raise _CommandError("nothing to evaluate; give a DIR, or --compare with at least two files", 2)
+        raise _CommandError("nothing to evaluate; give a DIR, or --compare with at least two different files", 2)
     if arguments.json:
         _check_target("--json", arguments.json)
     console = _console(sys.stdout)

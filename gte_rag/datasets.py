@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ class RetrievalSet:
         name: Name of the set.
         corpus: Text of each passage by its id, the title before it.
         queries: Text of each query by its id; every one has a passage of grade 1 or more.
-        qrels: For each query id the grade of each judged passage id, at most 10,000; 0 and less is not relevant.
+        qrels: For each query id the grade of each judged passage id, at most 10,000; 0 and less is not relevant. A relevant
+            passage that the corpus lacks counts as not found, as with trec_eval.
     """
 
     name: str
@@ -188,6 +190,9 @@ def load(path: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
     Returns:
         What the content says it is; its name is that of the folder or file.
 
+    Warns:
+        UserWarning: Relevant passages are not in the corpus.
+
     Raises:
         FileNotFoundError: There is nothing at the path, or a file of the layout is missing.
         ValueError: It is no data set, or a line of it cannot be read; the message names file and line.
@@ -246,7 +251,27 @@ def _load_retrieval(folder: Path, name: str) -> RetrievalSet:
     queries = {query: text for query, text in texts.items() if any(g > 0 for g in qrels.get(query, {}).values())}
     if not queries:
         raise ValueError(f"{files['qrels']} judges no query of {files['queries']} relevant to any passage")
+    _check_judged(files, corpus, [qrels[query] for query in queries])
     return RetrievalSet(name, corpus, queries, {query: qrels[query] for query in queries})
+
+
+def _check_judged(
+    files: Mapping[str, Path], corpus: Mapping[str, str], judgements: Iterable[Mapping[str, int]]
+) -> None:
+    """Warn of relevant passages that the corpus lacks; refuse judgements that name no passage of it."""
+    relevant = list(dict.fromkeys(passage for judged in judgements for passage, grade in judged.items() if grade > 0))
+    missing = [passage for passage in relevant if passage not in corpus]
+    if corpus and len(missing) == len(relevant):
+        raise ValueError(
+            f"none of the {len(relevant):,} relevant passages of {files['qrels']}, such as {relevant[0]!r}, is in "
+            f"{files['corpus']}, whose ids are like {next(iter(corpus))!r}; judgements must name passages by these ids"
+        )
+    if missing:
+        warnings.warn(
+            f"{len(missing):,} of {len(relevant):,} relevant passages of {files['qrels']}, such as {missing[0]!r}, are not in "
+            f"{files['corpus'].name} and count as not found",
+            stacklevel=4,
+        )
 
 
 def _read_texts(file: Path) -> dict[str, str]:

@@ -95,12 +95,15 @@ class Selection:
         failed: Folders that could not be listed, and entries with a suffix of a document that are no files.
         ignored: Number of files in folders whose suffix is not one of `TEXT_SUFFIXES`.
         roots: The absolute path of each file and folder that was named.
+        missing: The absolute path of what was named and does not exist. Given to `sync` among the roots, what the collection
+            has of it is removed.
     """
 
     files: tuple[Path, ...]
     failed: tuple[Failure, ...]
     ignored: int
     roots: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def sync(
     return IndexReport(**counts, removed=len(vanished), chunks=writer.written, failed=tuple(failed))
 
 
-def select_files(paths: Iterable[str | os.PathLike[str]]) -> Selection:
+def select_files(paths: Iterable[str | os.PathLike[str]], *, missing_ok: bool = False) -> Selection:
     """Find the documents in files and folders.
 
     A file that is named is taken whatever its suffix. A folder is searched with all its folders, sorted by name, for
@@ -218,20 +221,24 @@ def select_files(paths: Iterable[str | os.PathLike[str]]) -> Selection:
 
     Args:
         paths: Files and folders.
+        missing_ok: Whether a path that does not exist is reported in `Selection.missing` instead of being an error.
 
     Raises:
-        FileNotFoundError: A path does not exist.
+        FileNotFoundError: A path does not exist, and `missing_ok` is False.
     """
     files: dict[str, Path] = {}
     failed: dict[str, Failure] = {}
     ignored = 0
-    roots = []
+    roots, missing = [], []
     for given in paths:
         root = _absolute(Path(given))
+        if not os.path.lexists(root):
+            if not missing_ok:
+                raise FileNotFoundError(f"{os.fspath(given)!r} does not exist; give files and folders that do")
+            missing.append(str(root))
+            continue
         roots.append(str(root))
         if not os.path.isdir(root):
-            if not os.path.lexists(root):
-                raise FileNotFoundError(f"{os.fspath(given)!r} does not exist; give files and folders that do")
             files[str(root)] = root
             continue
         for path in _walk(root, failed):
@@ -243,7 +250,7 @@ def select_files(paths: Iterable[str | os.PathLike[str]]) -> Selection:
                 failed[str(path)] = Failure(_printable(path), reason)
             else:
                 files[str(path)] = path
-    return Selection(tuple(files.values()), tuple(failed.values()), ignored, tuple(roots))
+    return Selection(tuple(files.values()), tuple(failed.values()), ignored, tuple(roots), tuple(missing))
 
 
 def read_file(path: Path) -> Document | Failure:

@@ -63,7 +63,7 @@ def neighbours(
     parts = {name: cast(Any, found[name])[0] for name in ("ids", "documents", "metadatas")}
     stored = np.asarray(cast(Any, found["embeddings"])[0], dtype=np.float32).reshape(-1, query.size)
     cosines = stored @ query / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
-    return list(map(Neighbour, records_of(parts), cosines.tolist(), stored))
+    return list(map(Neighbour, records_of(parts), cosines.clip(-1, 1).tolist(), stored))
 
 
 def unit_vector(vector: Sequence[float] | FloatArray, dimension: int) -> FloatArray:

@@ -293,8 +293,8 @@ class HybridRetriever:
         calibration = self._stored_calibration() if self.fusion == "calibrated" else None
         if self.fusion == "calibrated" and calibration is None:
             raise ValueError(
-                f"collection {self.collection.name!r} has no calibration yet; call retriever.calibrate() once, or choose "
-                "another fusion"
+                f"collection {self.collection.name!r} has no calibration yet; call HybridRetriever(collection).calibrate() "
+                "once, or choose another fusion"
             )
         fuse = fusion_named(self.fusion, options=self.fusion_options, calibration=calibration)
         return fuse(dense, sparse, dense_weight=self.dense_weight, sparse_weight=self.sparse_weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import runpy
@@ -45,6 +46,7 @@ CHROMIUM_OPTIONS = (
 def _examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # nobody at the terminal, nothing in a pipe
 
 
 @pytest.fixture
@@ -97,6 +99,30 @@ def test_terminal_chatbot_quotes_says_so_and_understands_a_follow_up(
         assert held in answer.split("quoted, not generated", 1)[1]
     assert f"searched: {FIRST} {FOLLOW_UP}" in follow_up
     assert "searched:" not in other
+
+
+def test_terminal_chatbot_answers_the_questions_of_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["langchain_chatbot"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nWas bedeutet ECONNREFUSED?\n"))
+    runpy.run_path(str(FOLDER / "langchain_chatbot.py"), run_name="__main__")
+    (answer,) = capsys.readouterr().out.split("\n> ")[1:]
+    assert answer.startswith("Was bedeutet ECONNREFUSED?")
+    assert "quoted, not generated" in answer
+
+
+@pytest.mark.parametrize("name", [*TERMINAL, "web_chatbot"])
+@pytest.mark.parametrize("option", ["--docs", "--embedding-model"])
+def test_chatbots_say_what_is_not_there(
+    name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, option, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    said = f"{ended.value.code} {capsys.readouterr().err}"
+    assert str(tmp_path / "nowhere") in said
+    assert option in said
 
 
 @pytest.mark.parametrize("name", TERMINAL)

@@ -224,6 +224,41 @@ def test_path_that_does_not_exist_makes_no_database(run: Run, tmp_path: Path) ->
     assert not (tmp_path / "db").exists()
 
 
+def test_a_path_that_vanished_keeps_nothing_else_from_being_indexed(run: Run, notes: Path, tmp_path: Path) -> None:
+    gone, folder, db = tmp_path / "gone.md", tmp_path / "folder", tmp_path / "db"
+    gone.write_text("Chalk is soft.", encoding="utf-8")
+    folder.mkdir()
+    (folder / "a.md").write_text("Granite is hard.", encoding="utf-8")
+    (folder / "b.md").write_text("Slate splits.", encoding="utf-8")
+    assert run("index", gone, folder, "--db", db).out.startswith("3 added")
+    gone.unlink()
+    shutil.rmtree(folder)
+
+    kept = run("index", gone, folder, notes, "--db", db)
+    assert kept.code == 1
+    assert re.match(r"\d added, 0 updated, 0 unchanged, 0 removed, 2 set aside;", kept.out)
+    assert kept.err.count("does not exist; what the index has of it is kept (--remove-missing removes it)") == 2
+
+    removed = run("index", gone, folder, notes, "--db", db, "--remove-missing")
+    assert (removed.code, removed.err) == (0, "")
+    assert re.match(r"0 added, 0 updated, \d unchanged, 3 removed;", removed.out)
+
+
+def test_an_index_of_paths_that_all_vanished_is_emptied_on_demand_only(run: Run, tmp_path: Path) -> None:
+    gone, db = tmp_path / "gone.md", tmp_path / "db"
+    gone.write_text("Chalk is soft.", encoding="utf-8")
+    refused = run("index", tmp_path / "nowhere", "--db", db, "--remove-missing")
+    assert refused.code == 1
+    assert "does not exist" in refused.err
+    assert not db.exists()
+    run("index", gone, "--db", db)
+    gone.unlink()
+    assert "does not exist; give files and folders that do" in run("index", gone, "--db", db).err
+    assert run("index", gone, "--db", db, "--remove-missing").out.startswith(
+        "0 added, 0 updated, 0 unchanged, 1 removed"
+    )
+
+
 def test_model_that_does_not_exist_makes_no_database(run: Run, notes: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     result = run("index", notes, "--db", tmp_path / "db", "--model", tmp_path / "model")
@@ -239,7 +274,7 @@ def test_database_that_is_a_file_or_damaged_is_one_line(run: Run, notes: Path, t
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "chroma.sqlite3").write_bytes(b"nonsense" * 1000)
-    for database, message in ((file, "is a file; give a folder"), (damaged, "Chroma: ")):
+    for database, message in ((file, "is a file; give a folder"), (damaged, f"Chroma in {damaged}: ")):
         result = run("index", notes, "--db", database)
         assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
         assert message in result.err

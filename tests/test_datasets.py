@@ -177,3 +177,21 @@ def test_a_grade_that_no_judge_gives_is_refused(tmp_path: Path, grade: int) -> N
     write(folder / "qrels.tsv", f"q1\ta\t1\nq1\tb\t{grade}\n")
     with pytest.raises(ValueError, match="the largest grade is 10000"):
         load(folder)
+
+
+def test_relevant_passages_that_the_corpus_lacks_are_counted_in_a_warning(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "cities")
+    write(folder / "qrels.tsv", "q1\ta\t1\nq1\tgone\t1\nq1\talso gone\t0\nq2\tgone\t2\n")
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 relevant passages of .*qrels\.tsv, such as 'gone', are not in corpus"
+    ):
+        dataset = load(folder)
+    assert isinstance(dataset, RetrievalSet)
+    assert dataset.sample(1).qrels["q2"] == {"gone": 2}  # it can be measured, with nothing to find
+
+
+def test_judgements_of_another_corpus_are_refused(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "cities")
+    write(folder / "qrels.tsv", "q1\tdoc-1\t1\nq2\tdoc-2\t1\n")
+    with pytest.raises(ValueError, match=r"none of the 2 relevant passages .* such as 'doc-1', .* ids are like 'a'"):
+        load(folder)

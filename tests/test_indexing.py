@@ -386,6 +386,13 @@ def test_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         select_files([tmp_path / "nowhere"])
 
 
+def test_path_that_does_not_exist_is_named_if_it_may_be_missing(tmp_path: Path) -> None:
+    tree(tmp_path, "a.md")
+    selection = select_files([tmp_path / "nowhere", tmp_path / "a.md"], missing_ok=True)
+    assert selection.missing == (str(tmp_path.resolve() / "nowhere"),)
+    assert selection.roots == (str(tmp_path.resolve() / "a.md"),)
+
+
 def test_relative_and_absolute_path_name_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path, "notes/a.md")
     monkeypatch.chdir(tmp_path / "notes")

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from gte_rag import GTEEncoder
 from gte_rag.demo import read_documents
+from gte_rag.errors import CheckpointError, MissingExtraError
 from gte_rag.indexing import CHUNK_TOKENS, Failure, Splitter, read_file, select_files
 from gte_rag.interface import TextEncoder
 
@@ -33,7 +34,7 @@ CONDENSE = (
 QUOTED = "No chat model is set, so this is quoted, not generated:"
 NOTHING_FOUND = "No chat model is set, and no passage was found."
 
-# Asked when nobody is at the terminal; the second is a follow-up, the third changes the subject.
+# Asked when nobody is at the terminal and nothing comes from a pipe; the second is a follow-up, the third changes the subject.
 QUESTIONS = ("How often does a sourdough starter need feeding?", "And in the fridge?", "Was bedeutet ECONNREFUSED?")
 
 REMEMBERED_MESSAGES = 6  # of the conversation, for the chat model
@@ -139,11 +140,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def load_encoder(name: str) -> GTEEncoder:
+    """Return the encoder of ``--embedding-model``, or end the program and say why there is none."""
+    try:
+        return GTEEncoder.from_pretrained(name)
+    except (CheckpointError, MissingExtraError, OSError) as error:
+        sys.exit(f"--embedding-model: {error}")
+
+
 def read_passages(paths: Iterable[Path], encoder: GTEEncoder) -> Iterator[Passage]:
     """Yield the passages of files and folders; what cannot be read is reported on stderr and left out."""
     splitter = Splitter(encoder, chunk_tokens=min(CHUNK_TOKENS, encoder.max_length))
-    selection = select_files(paths)
-    for document in (*selection.failed, *map(read_file, selection.files)):
+    selection = select_files(paths, missing_ok=True)
+    missing = [Failure(path, "does not exist") for path in selection.missing]
+    for document in (*missing, *selection.failed, *map(read_file, selection.files)):
         if isinstance(document, Failure):
             print(f"left out: {document.source} {document.reason}", file=sys.stderr)
             continue
@@ -224,16 +234,16 @@ def run(
         model = chat_model(options.model, options.base_url) if options.model else None
     except ValueError as error:
         sys.exit(str(error))
-    encoder = GTEEncoder.from_pretrained(options.embedding_model)
+    encoder = load_encoder(options.embedding_model)
     talk(chatbot(passages_of(options.docs, encoder), encoder, model))
 
 
 def talk(ask: Callable[[str], Reply]) -> None:
-    """Hold a conversation in the terminal; when nobody is there, ask three questions of the demo texts."""
+    """Hold a conversation in the terminal or with the lines of a pipe; if that is empty, ask three questions."""
     interactive = sys.stdin.isatty()
     if interactive:
         print("Ask a question; an empty line ends the conversation.")
-    for question in iter(lambda: input("\n> ").strip(), "") if interactive else QUESTIONS:
+    for question in iter(lambda: input("\n> ").strip(), "") if interactive else piped(sys.stdin):
         if not interactive:
             print(f"\n> {question}")
         try:
@@ -248,6 +258,17 @@ def talk(ask: Callable[[str], Reply]) -> None:
         print(reply.text)
         for number, source in enumerate(reply.sources, start=1):
             print(f"  [{number}] {source}")
+
+
+def piped(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the questions that come from a pipe, a line each, or three of the demo texts if there is none."""
+    asked = False
+    for line in lines:
+        if question := line.strip():
+            asked = True
+            yield question
+    if not asked:
+        yield from QUESTIONS
 
 
 def model_errors() -> tuple[type[Exception], ...]:

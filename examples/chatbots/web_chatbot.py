@@ -33,6 +33,7 @@ from conversation import (
     REMEMBERED_MESSAGES,
     Endpoint,
     Passage,
+    load_encoder,
     model_errors,
     numbered,
     parser,
@@ -272,7 +273,7 @@ def main() -> None:
         model = ChatModel(Endpoint.named(arguments.model, arguments.base_url)) if arguments.model else None
     except ValueError as error:
         sys.exit(str(error))
-    encoder = GTEEncoder.from_pretrained(arguments.embedding_model)
+    encoder = load_encoder(arguments.embedding_model)
     bot = Chatbot(encoder, passages_of(arguments.docs, encoder), model)
     print("Open the address below in a browser; Ctrl+C ends the chatbot.", flush=True)
     print(launch(bot, port=arguments.port), flush=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Metadata keys of retrieved documents; stores leave them out, so that what was retrieved can be stored again.
 SCORE_KEYS = ("gte_score", "gte_dense_score", "gte_sparse_score")
+FOUND_KEYS = frozenset({*SCORE_KEYS, RERANK_SCORE_KEY})  # what a search adds to metadata, and nobody stores
 
 
 class GTEHybridRetriever(BaseRetriever):
@@ -162,8 +163,7 @@ class GTEHybridRetriever(BaseRetriever):
         """
         ids = [document.id or str(uuid.uuid4()) for document in documents]
         metadatas = [
-            {key: value for key, value in document.metadata.items() if key not in (*SCORE_KEYS, RERANK_SCORE_KEY)}
-            for document in documents
+            {key: value for key, value in document.metadata.items() if key not in FOUND_KEYS} for document in documents
         ]
         self.collection.upsert(ids, [document.page_content for document in documents], metadatas=metadatas)
         return ids

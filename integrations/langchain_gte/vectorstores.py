@@ -22,8 +22,9 @@ from gte_rag.chroma import HybridCollection
 from gte_rag.neighbours import neighbours
 from gte_rag.records import RESERVED_KEY, Record
 from gte_rag.retriever import HybridRetriever
+from gte_rag.vectors import FloatArray
 from langchain_gte.embeddings import GTEEmbeddings
-from langchain_gte.retrievers import SCORE_KEYS
+from langchain_gte.retrievers import FOUND_KEYS
 
 _DEFAULT_NAME = "langchain"  # langchain_chroma's, so that replacing the class name finds the same collection
 _DEFAULT_K = 4  # LangChain's
@@ -191,7 +192,7 @@ class GTEChroma(VectorStore):
         named = [str(uuid.uuid4()) if name is None else name for name in ids]
         if metadatas is not None:  # documents may come from a retriever that has put scores there
             metadatas = [
-                metadata and {key: value for key, value in metadata.items() if key not in SCORE_KEYS}
+                metadata and {key: value for key, value in metadata.items() if key not in FOUND_KEYS}
                 for metadata in metadatas
             ]
         self._collection.upsert(named, texts, metadatas=metadatas)
@@ -304,6 +305,14 @@ class GTEChroma(VectorStore):
         """Return documents and their cosine distances; the name, which says otherwise, is langchain_chroma's."""
         found = neighbours(self._collection, embedding, k, where=filter, where_document=where_document)
         return [(_document(neighbour.record), 1 - neighbour.cosine) for neighbour in found]
+
+    def similarity_search_with_vectors(
+        self, query: str, k: int = _DEFAULT_K, filter: Filter | None = None, where_document: Filter | None = None
+    ) -> list[tuple[Document, FloatArray]]:
+        """Return what `similarity_search` returns, each with its dense vector: float32, shape (dimension,)."""
+        vector = self._embeddings.embed_query(query)
+        found = neighbours(self._collection, vector, k, where=filter, where_document=where_document)
+        return [(_document(neighbour.record), neighbour.vector) for neighbour in found]
 
     def max_marginal_relevance_search(  # type: ignore[override]
         self,

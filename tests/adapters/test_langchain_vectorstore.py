@@ -26,9 +26,10 @@ from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.vectorstores import VectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 
-from gte_rag import CollectionMismatchError, GTEEncoder, HybridRetriever
+from gte_rag import CollectionMismatchError, GTEEncoder, HybridRetriever, neighbours
 from gte_rag.records import RESERVED_KEY
 from langchain_gte import GTEChroma, GTEEmbeddings, GTEHybridRetriever
+from langchain_gte.reranker import RERANK_SCORE_KEY
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -106,6 +107,20 @@ async def test_similarity_search_is_dense_search(store: GTEChroma, embeddings: G
     assert await store.asimilarity_search("walls in China", 3) == documents
     assert await store.asimilarity_search_by_vector(query, 3) == documents
     assert store.similarity_search_by_vector_with_relevance_scores(query, 3) == found
+
+
+def test_a_distance_is_never_below_0(store: GTEChroma, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = neighbours.unit_vector
+    longer = np.float32(1 + 1e-6)  # as rounding may leave a unit vector
+    monkeypatch.setattr(neighbours, "unit_vector", lambda *arguments: unit(*arguments) * longer)
+    assert store.similarity_search_with_score(DOCUMENTS[0].page_content, 1) == [(DOCUMENTS[0], 0.0)]
+
+
+def test_documents_come_with_their_vectors(store: GTEChroma, embeddings: GTEEmbeddings) -> None:
+    found = store.similarity_search_with_vectors("wall", 2, {"id": {"$ne": "absent"}})
+    assert [document for document, _ in found] == store.similarity_search("wall", 2, {"id": {"$ne": "absent"}})
+    expected = embeddings.embed_documents([document.page_content for document, _ in found])
+    np.testing.assert_allclose([vector for _, vector in found], expected, atol=1e-6)
 
 
 def test_filters_have_langchain_chromas_names(store: GTEChroma, embeddings: GTEEmbeddings) -> None:
@@ -211,6 +226,7 @@ def test_nothing_is_written_when_something_cannot_be(store: GTEChroma) -> None:
 
 def test_scored_documents_can_be_stored_again(store: GTEChroma) -> None:
     retrieved = GTEHybridRetriever(collection=store.collection).invoke("wall")
+    retrieved[0].metadata[RERANK_SCORE_KEY] = 3.5
     store.add_documents(retrieved)
     assert store.get_by_ids(["wall", "rust", "beijing", "bread"]) == DOCUMENTS
 

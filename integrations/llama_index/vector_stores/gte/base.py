@@ -219,7 +219,8 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
             The ids, in the order of `nodes`.
 
         Raises:
-            ValueError: Two nodes have the same id, Chroma refuses a metadata key, or embeddings are another model's.
+            ValueError: Two nodes have the same id, Chroma refuses a metadata key, a number in the metadata is not finite, or
+                embeddings are another model's. Nothing is written then.
         """
         self._check_embeddings(nodes)
         ids = [node.node_id for node in nodes]
