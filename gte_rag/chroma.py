@@ -7,6 +7,7 @@ The key never shows in what is returned.
 
 from __future__ import annotations
 
+import json
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -537,12 +538,12 @@ class HybridCollection:
         with self._view.writing:
             try:
                 yield
-            except (ValueError, InvalidArgumentError):  # refused before anything was written
-                raise
-            except BaseException:
-                self._view.invalidate()
-                with suppress(Exception):
-                    self._stamp()
+            except BaseException as error:
+                is_refused = isinstance(error, (ValueError, InvalidArgumentError))  # before anything was written
+                if not is_refused or isinstance(error, json.JSONDecodeError):  # a server's answer that was cut off
+                    self._view.invalidate()
+                    with suppress(Exception):
+                        self._stamp()
                 raise
 
     def _write(

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         resume = arguments.resume
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            warnings.showwarning = _show_warning
             code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -102,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _chroma_errors("ChromaError") as error:  # a damaged or read-only database, a full disk
         _say(f"Chroma in {arguments.db}: {error}" if "db" in arguments else f"Chroma: {error}")
         return 1
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Print a warning in one line; what libraries deprecate is for their callers and not for whoever types a command."""
+    if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
+        _say(f"warning: {message}")
 
 
 class _Parser(argparse.ArgumentParser):

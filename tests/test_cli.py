@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -242,6 +243,19 @@ def test_a_path_that_vanished_keeps_nothing_else_from_being_indexed(run: Run, no
     removed = run("index", gone, folder, notes, "--db", db, "--remove-missing")
     assert (removed.code, removed.err) == (0, "")
     assert re.match(r"0 added, 0 updated, \d unchanged, 3 removed;", removed.out)
+
+
+def test_what_libraries_deprecate_is_not_for_who_types_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(arguments: argparse.Namespace) -> int:
+        for category in (DeprecationWarning, PendingDeprecationWarning, UserWarning):
+            warnings.warn(f"said as {category.__name__}", category, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_info", warn)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "gte-rag: warning: said as UserWarning\n"
 
 
 def test_an_index_of_paths_that_all_vanished_is_emptied_on_demand_only(run: Run, tmp_path: Path) -> None:

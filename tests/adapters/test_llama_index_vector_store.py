@@ -363,19 +363,6 @@ def test_a_node_comes_back_as_it_was_given(empty: GTEChromaVectorStore) -> None:
     assert empty.get_nodes(["n"]) == [node]
 
 
-@pytest.mark.parametrize(
-    ("metadata", "where"),
-    [({"a": float("nan")}, r"metadata\['a'\]"), ({"b": {"c": [1.0, float("inf")]}}, r"metadata\['b'\]\['c'\]\[1\]")],
-)
-def test_a_number_that_json_does_not_have_is_refused(
-    empty: GTEChromaVectorStore, metadata: dict[str, Any], where: str
-) -> None:
-    nodes = [TextNode(text="good", id_="good"), TextNode(text="bad", id_="bad", metadata=metadata)]
-    with pytest.raises(ValueError, match=rf"^{where} of node 'bad' is (nan|inf); nodes are stored as JSON"):
-        empty.add(nodes)
-    assert empty.get_nodes() == []
-
-
 def test_a_node_is_encoded_as_llama_index_embeds_it(empty: GTEChromaVectorStore, encoder: GTEEncoder) -> None:
     node = TextNode(
         text="a wall",

@@ -207,8 +207,9 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
     def add(self, nodes: Sequence[BaseNode], *, show_progress: bool = False) -> list[str]:  # type: ignore[override]
         """Encode nodes and put them into the collection.
 
-        Values of the metadata that Chroma holds (strings, numbers, booleans, lists of one kind of these) can be filtered on;
-        all others come back with the node but cannot.
+        Values of the metadata that Chroma holds (strings, numbers, booleans, lists of one kind of these) can be filtered on.
+        All others cannot, but they come back with the node in the form LlamaIndex gives them in JSON: a tuple as a list, a
+        date as text, NaN and infinity as None.
 
         Args:
             nodes: Any number; one whose id is in the collection replaces that record. Embeddings they have already must be
@@ -219,8 +220,7 @@ class GTEChromaVectorStore(BasePydanticVectorStore):
             The ids, in the order of `nodes`.
 
         Raises:
-            ValueError: Two nodes have the same id, Chroma refuses a metadata key, a number in the metadata is not finite, or
-                embeddings are another model's. Nothing is written then.
+            ValueError: Two nodes have the same id, Chroma refuses a metadata key, or embeddings are another model's.
         """
         self._check_embeddings(nodes)
         ids = [node.node_id for node in nodes]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 from gte_rag.errors import missing_extra
@@ -34,17 +32,7 @@ _OF_LISTS = {FilterOperator.ANY: "$or", FilterOperator.ALL: "$and"}
 
 
 def metadata_of(node: BaseNode) -> dict[str, Any]:
-    """Return the metadata to store for a node: the node itself, and those of its values that Chroma can hold.
-
-    Raises:
-        ValueError: A number in the node's metadata is not finite: LlamaIndex would store nothing in its place.
-    """
-    for where, number in _numbers(node.metadata, "metadata"):
-        if not math.isfinite(number):
-            raise ValueError(
-                f"{where} of node {node.node_id!r} is {number}; nodes are stored as JSON, which has no such number, so it "
-                "would be lost. Leave it out, or give None or a text"
-            )
+    """Return the metadata to store for a node: the node itself, and those of its values that Chroma can hold."""
     stored = node_to_metadata_dict(node, remove_text=True, flat_metadata=False)
     return {key: value for key, value in stored.items() if _is_storable(value)}
 
@@ -108,18 +96,6 @@ def _clause(item: MetadataFilter) -> dict[str, Any] | None:
         return joined(_OF_LISTS[item.operator], [{item.key: {"$contains": value}} for value in item.value])
     accepted = ", ".join(operator.name for operator in (*_COMPARISONS, *_MEMBERSHIPS, *_OF_LISTS))
     raise ValueError(f"{given}; accepted here: {accepted}")
-
-
-def _numbers(value: object, where: str) -> Iterator[tuple[str, float]]:
-    """Yield the floats in nested metadata, each with where it stands."""
-    if isinstance(value, float):
-        yield where, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for position, item in enumerate(value):
-            yield from _numbers(item, f"{where}[{position}]")
 
 
 def _is_storable(value: object) -> bool:
