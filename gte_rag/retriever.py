@@ -50,8 +50,8 @@ class HybridRetriever:
     A query is encoded once. The mode says which records are considered; both scores of each are exact.
 
     - ``"rescore"``: the `candidates` nearest dense vectors, ranked by the fused score. The fastest hybrid.
-    - ``"union"``: these and the `candidates` best sparse scores of the whole collection, ranked by the fused score: the
-      paper's protocol with no component missing. Finds texts that only their words give away.
+    - ``"union"``: these and the `candidates` best sparse scores of the whole collection, ranked by the fused score.
+      Finds texts that only their words give away.
     - ``"dense"``: the nearest dense vectors.
     - ``"sparse"``: the best sparse scores of the whole collection; only texts that share a token with the query.
 

@@ -33,7 +33,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let a small random reranker stand in for the one that README names: there is none in the package."""
+    """Let a small random reranker stand in for the one that the documents name: there is none in the package."""
     folder = build(find_variant("multilingual-reranker"), tmp_path_factory.mktemp("reranker"))
     load = GTEReranker.from_pretrained
     monkeypatch.setattr(GTEReranker, "from_pretrained", lambda name: load(folder))

@@ -24,7 +24,7 @@ _LOADING_FIELDS = ("model_name", "cache_folder", "device", "precision", "max_len
 class GTERerank(BaseDocumentCompressor):
     """Sorts retrieved documents by how well they answer the query, and keeps the best.
 
-    Each returned `Document` is a copy with the reranker's logit in its metadata under ``gte_rerank_score``; the documents given
+    Each returned `Document` is a copy with the reranker's score in its metadata under ``gte_rerank_score``; the documents given
     are left as they are.
 
     ```python

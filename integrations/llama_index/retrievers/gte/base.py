@@ -70,7 +70,7 @@ class GTEHybridRetriever(BaseRetriever):
             fusion_options: Further options of the fusion; see there.
             dense_weight: Weight of the dense score.
             sparse_weight: Weight of the sparse score; None is the fusion's own.
-            filters: LlamaIndex filters on metadata: comparisons, IN and NIN, combined by AND and OR.
+            filters: LlamaIndex filters on metadata: comparisons, IN, NIN, CONTAINS, ANY and ALL, combined by AND and OR.
             where: The same as a Chroma filter; give one of the two.
             where_document: Chroma filter on the text.
             callback_manager: LlamaIndex's callbacks.
