@@ -106,10 +106,10 @@ class GTEEncoder(TextEncoder):
                 ``"Alibaba-NLP/gte-multilingual-base"``, or a ModelScope id such as
                 ``"modelscope:iic/gte_sentence-embedding_multilingual-base"``.
             device: A torch device such as ``"cpu"`` or ``"cuda:1"``; None takes a GPU if torch sees one.
-            precision: ``"float32"``; ``"bf16"``, twice as fast on processors with bfloat16 products (cosine to float32 at least
-                0.9995 on gte-mini); ``"int8"``, for CPUs with 8-bit dot products, up to four times as fast as float32 (cosine above 0.99);
-                ``"auto"``, which is bf16 where the device computes it in hardware and float32 elsewhere. Collections written
-                in one precision can be read in another: the fingerprint is the same.
+            precision: ``"float32"``; ``"bf16"``, twice as fast on processors with bfloat16 products (cosine to float32 at
+                least 0.9995 on gte-mini); ``"int8"``, for CPUs with 8-bit dot products, up to four times as fast as float32
+                (cosine at least 0.99); ``"auto"``, which is bf16 where the device computes it in hardware and float32
+                elsewhere. Collections written in one precision can be read in another: the fingerprint is the same.
             dimension: Length of the dense vectors, `config.min_dimension` to `config.hidden_size`; None is the largest.
             max_length: Longest text in tokens, 3 to the model's own limit (8,192), special tokens included.
             revision: Branch, tag or commit of an id.
