@@ -104,7 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print a warning in one line; what libraries deprecate is for their callers and not for whoever types a command."""
     if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
         _say(f"warning: {message}")
