@@ -4,7 +4,7 @@ A layer is two phases: attention, text by text and head by head; then everything
 projection to the next layer's queries, keys and values, on a few hundred rows at a time that stay near a core. The parts of
 a phase are shared out among as many threads as torch would use for one product, each of which computes alone, so that no
 operation waits for another's slowest thread. Few rows, such as a query's, are not worth sharing: they run on the calling
-thread, and only the products use all cores.
+thread, and only the products use all cores. In 8 bits `gte_rag.few_rows` takes them, where the processor has its instructions.
 
 Needs numba (extra `fast`); without it the network of `gte_rag.precision` computes the same.
 """
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gte_rag import precision as products
 from gte_rag.config import GTEConfig
@@ -57,6 +58,16 @@ def build(config: GTEConfig, weights: Mapping[str, Tensor], precision: str, devi
 def has_kernels() -> bool:
     """Whether the compiled loops are there: the extra `fast`, in a version that fits this NumPy."""
     return _kernels() is not None
+
+
+@cache
+def _few_rows() -> ModuleType | None:
+    """Return the module for few rows in 8 bits, where the processor has its instruction."""
+    try:
+        found = importlib.import_module("gte_rag.few_rows")
+    except ImportError:
+        return None
+    return found if found.is_supported() else None
 
 
 @cache
@@ -235,6 +246,23 @@ class _Scores(NamedTuple):
     queries: slice
 
 
+def _eight_bit_layer(module: ModuleType, layer: nn.Module) -> Any:  # noqa: ANN401
+    assert isinstance(layer, Layer)
+    attention, mlp = layer.attention, layer.mlp
+    assert isinstance(mlp, Int8GatedMLP)
+    products = (attention.qkv_proj, attention.o_proj, mlp.up_gate, mlp.down)
+    width = layer.attn_ln.weight.shape[0]
+
+    def bias(product: nn.Module) -> Tensor:
+        assert isinstance(product, Int8Linear)
+        return torch.zeros(product.out_features) if product.bias is None else product.bias
+
+    qkv, o, _, down = map(bias, products)
+    rows = (qkv, o, layer.attn_ln.weight, layer.attn_ln.bias, down, layer.mlp_ln.weight, layer.mlp_ln.bias)
+    vectors = torch.cat([row.float() for row in rows]).view(9, width).numpy()
+    return module.EightBitLayer(products, vectors, mlp.down.in_features, mlp.plain)
+
+
 class Fused:
     """The forward pass of a `GTEModel` whose products are packed."""
 
@@ -261,10 +289,35 @@ class Fused:
         self._nothing = _array(torch.empty(0, 0, dtype=given))
         self._no_size = np.empty(0, np.float32)
         self._spare: list[_Workspace] = []
+        self._whole_layers = list(model.layers)  # without the network, which has this pass
+        self._inner = [self._width, *(layer.width for layer in self._layers)]
+        self._making = threading.Lock()
+        self._few: Any = None  # made when it is first wanted: not every process has queries
 
     def __call__(self, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None, firsts: bool) -> Tensor:
         """Compute what `GTEModel.forward` does."""
-        return _Pass(self, token_ids, cu_seqlens, token_types, firsts).run()
+        module = _few_rows() if self._eight else None
+        if module is None or not 0 < len(token_ids) <= module.ROWS or max(self._inner) > module.COLUMNS:
+            return _Pass(self, token_ids, cu_seqlens, token_types, firsts).run()
+        with self._making:
+            if self._few is None:
+                layers = [_eight_bit_layer(module, layer) for layer in self._whole_layers]
+                turns = self.turns(module.ROWS)
+                self._few = module.FewRows(layers, self._first_norm, turns, self._heads, self._attention)
+        # Indexing would be shared out by OpenMP, whose threads then keep the cores from those of this pass.
+        hidden = functional.embedding(token_ids, self._words).float()
+        self.add_types(hidden, token_types)
+        self._few(hidden.numpy(), cu_seqlens.numpy())
+        return hidden.index_select(0, cu_seqlens[:-1]) if firsts else hidden
+
+    def add_types(self, hidden: Tensor, token_types: Tensor | None) -> None:
+        """Add the rows of the token-type table, those of row 0 if no others are given."""
+        if self._types is not None:
+            hidden += self._types[0] if token_types is None else self._types[token_types]
+
+    def turns(self, length: int) -> Array:
+        """Return cosine and sine of the first positions and pairs of channels: float32, (length, D / 2, 2)."""
+        return torch.view_as_real(self._rotary.table(length, self._words.device)).numpy()
 
     def workspace(self, rows: int, threads: int) -> _Workspace:
         """Return buffers for this many rows, used ones if there are any; give them back with `release`."""
@@ -296,8 +349,7 @@ class _Pass:
         self._text_starts, self._text_lengths = bounds[:-1], np.diff(bounds)
         self._starts = np.repeat(self._text_starts, self._text_lengths)
         self._lengths = np.repeat(self._text_lengths, self._text_lengths)
-        turns = network._rotary.table(int(self._text_lengths.max()), token_ids.device)
-        self._turns = torch.view_as_real(turns).numpy()
+        self._turns = network.turns(int(self._text_lengths.max()))
         threads = torch.get_num_threads()
         self._threads = 1 if total < _FEW else threads
         self._parts = _row_parts(total, self._threads)
@@ -336,8 +388,7 @@ class _Pass:
         real = slice(rows.start, min(rows.stop, len(self._token_ids)))
         hidden = w.hidden.tensor[real]
         hidden.copy_(n._words[self._token_ids[real]])
-        if n._types is not None:
-            hidden += n._types[0] if self._token_types is None else n._types[self._token_types[real]]
+        n.add_types(hidden, None if self._token_types is None else self._token_types[real])
         self._normalise(n._nothing, n._no_size, n._no_size, n._first_norm, real)
         self._project(0, rows, real)
 
@@ -370,7 +421,7 @@ class _Pass:
         skipped = layer.width - layer.plain if n._eight else 0
         sizes = w.size[real] if n._eight else n._no_size
         gated = middle.rows(count, layer.width)
-        self._k.gate(up, gate, skipped, layer.plain, sizes, gated.array[:used], size)
+        self._k.gate(up, gate, skipped, layer.width, layer.plain, sizes, gated.array[:used], size)
         product = layer.down(gated.tensor)
         self._normalise(product, size if n._eight else n._no_size, layer.down.bias, layer.mlp_norm, real, w)
 

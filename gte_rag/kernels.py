@@ -25,24 +25,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
+    """Compile a function at its first call and keep the code on disk."""
     try:
         return cast(F, numba.njit(nogil=True, cache=True, fastmath=_FAST)(function))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written to
         return cast(F, numba.njit(nogil=True, fastmath=_FAST)(function))
 
 
-def _inlined(function: F) -> F:
+def inlined(function: F) -> F:
+    """Compile a function as part of those that call it."""
     return cast(F, numba.njit(nogil=True, fastmath=_FAST, inline="never")(function))
 
 
-def _get(array: Any, place: Any) -> Any: ...
+def get(array: Any, place: Any) -> Any:
+    """Return an element as float32; compiled code only."""
 
 
-def _put(array: Any, place: Any, value: Any) -> None: ...
+def put(array: Any, place: Any, value: Any) -> None:
+    """Write an element in the form of the array; compiled code only."""
 
 
-@overload(_get, inline="never", jit_options={"fastmath": _FAST})
+@overload(get, inline="never", jit_options={"fastmath": _FAST})
 def _get_typed(array: Any, place: Any) -> Any:
     if array.dtype == numba.uint16:
 
@@ -57,7 +61,7 @@ def _get_typed(array: Any, place: Any) -> Any:
     return plain
 
 
-@overload(_put, inline="never", jit_options={"fastmath": _FAST})
+@overload(put, inline="never", jit_options={"fastmath": _FAST})
 def _put_typed(array: Any, place: Any, value: Any) -> Any:
     if array.dtype == numba.uint16:
 
@@ -99,22 +103,22 @@ def _write_typed(row: Any, out: Any, out_size: Any, at: Any) -> Any:
 
     def values(row: Any, out: Any, out_size: Any, at: Any) -> None:
         for i in range(row.shape[0]):
-            _put(out[at], i, row[i])
+            put(out[at], i, row[i])
 
     return values
 
 
-@_compiled
+@compiled
 def level(x: Any, out: Any, out_size: Any) -> None:
     """Copy the rows of a matrix to the form of `out`."""
     row = np.empty(x.shape[1], np.float32)
     for t in range(x.shape[0]):
         for i in range(x.shape[1]):
-            row[i] = _get(x[t], i)
+            row[i] = get(x[t], i)
         _write(row, out, out_size, t)
 
 
-@_compiled
+@compiled
 def normalise(
     product: Any,
     size: Any,
@@ -138,11 +142,11 @@ def normalise(
                 total += row[i]
         elif bias.shape[0]:
             for i in range(width):
-                row[i] = hidden[t, i] + (_get(product[t], i) * scale + bias[i])
+                row[i] = hidden[t, i] + (get(product[t], i) * scale + bias[i])
                 total += row[i]
         else:
             for i in range(width):
-                row[i] = hidden[t, i] + _get(product[t], i) * scale
+                row[i] = hidden[t, i] + get(product[t], i) * scale
                 total += row[i]
         mean = total / np.float32(width)
         squares = np.float32(0)
@@ -156,27 +160,26 @@ def normalise(
             _write(row, out, out_size, t)
 
 
-@_compiled
-def gate(up: Any, gate: Any, skipped: Any, plain: Any, size: Any, out: Any, out_size: Any) -> None:
+@compiled
+def gate(up: Any, gate: Any, skipped: Any, width: Any, plain: Any, size: Any, out: Any, out_size: Any) -> None:
     """Compute ``gelu(gate) * up`` of two products, or of one given twice whose first `skipped` columns are up.
 
-    The first `plain` columns of gate have none of up.
+    Gate is `width` columns, of which the first `plain` have none of up.
     """
-    width = out.shape[1]
     row = np.empty(width, np.float32)
     for t in range(out.shape[0]):
         scale = size[t] if size.shape[0] else np.float32(1)
         values, asked = up[t, : width - plain], gate[t, skipped : skipped + width]
         for i in range(plain):
-            x = _get(asked, i) * scale
+            x = get(asked, i) * scale
             row[i] = x * _normal(x)
         for i in range(width - plain):
-            x = _get(asked, plain + i) * scale
-            row[plain + i] = x * _normal(x) * (_get(values, i) * scale)
+            x = get(asked, plain + i) * scale
+            row[plain + i] = x * _normal(x) * (get(values, i) * scale)
         _write(row, out, out_size, t)
 
 
-@_inlined
+@inlined
 def _normal(x: Any) -> Any:
     """Return the normal distribution function within 3e-7: an odd polynomial, least squares weighted towards minimax."""
     near = min(max(x, np.float32(-5)), np.float32(5))
@@ -197,19 +200,19 @@ def _normal(x: Any) -> Any:
     return np.float32(0.5) + near * p
 
 
-@_inlined
+@inlined
 def _ordered(x: Any) -> Any:
     """Return the integer that stands for a float32 in their order: a maximum of integers is a vector instruction."""
     bits = np.float32(x).view(np.int32)
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@_inlined
+@inlined
 def _unordered(bits: Any) -> Any:
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
-@_inlined
+@inlined
 def _exp(x: Any) -> Any:
     """Return e^x for x <= 0, relative error below 3e-7; below -87 it is 0 or nearly."""
     scaled = max(x, np.float32(-87)) * np.float32(1.4426950408889634)
@@ -225,7 +228,7 @@ def _exp(x: Any) -> Any:
     return p * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@_compiled
+@compiled
 def turn(
     product: Any,
     size: Any,
@@ -264,10 +267,10 @@ def turn(
             values = product[t, part * width : (part + 1) * width]
             if bias.shape[0]:
                 for i in range(width):
-                    row[i] = _get(values, i) * scale + bias[part * width + i]
+                    row[i] = get(values, i) * scale + bias[part * width + i]
             else:
                 for i in range(width):
-                    row[i] = _get(values, i) * scale
+                    row[i] = get(values, i) * scale
             target = out[part + 3 - parts, start * width : (start + length) * width]
             for head in range(heads):
                 place = target[(head * length + position) * depth : (head * length + position + 1) * depth]
@@ -278,13 +281,13 @@ def turn(
                         turned[2 * i] = a * angles[i, 0] - b * angles[i, 1]
                         turned[2 * i + 1] = a * angles[i, 1] + b * angles[i, 0]
                     for i in range(depth):
-                        _put(place, i, turned[i])
+                        put(place, i, turned[i])
                 else:
                     for i in range(depth):
-                        _put(place, i, of[i])
+                        put(place, i, of[i])
 
 
-@_compiled
+@compiled
 def softmax(scores: Any, scale: Any) -> None:
     """Apply softmax to ``scores * scale``, row by row, in place."""
     length = scores.shape[1]
@@ -293,7 +296,7 @@ def softmax(scores: Any, scale: Any) -> None:
         of = scores[t]
         most = np.int32(-2147483648)
         for i in range(length):
-            row[i] = _get(of, i) * scale
+            row[i] = get(of, i) * scale
             most = max(most, _ordered(row[i]))
         largest = _unordered(most)
         total = np.float32(0)
@@ -302,10 +305,10 @@ def softmax(scores: Any, scale: Any) -> None:
             total += row[i]
         inverse = np.float32(1) / total
         for i in range(length):
-            _put(of, i, row[i] * inverse)
+            put(of, i, row[i] * inverse)
 
 
-@_compiled
+@compiled
 def collect(mixed: Any, first: Any, head: Any, out: Any) -> None:
     """Copy blocks of (heads, queries, D) to the rows `first` … of (T, C), beginning at column ``head * D``."""
     heads, queries, depth = mixed.shape
@@ -316,7 +319,7 @@ def collect(mixed: Any, first: Any, head: Any, out: Any) -> None:
                 place[i] = mixed[h, t, i]
 
 
-@_compiled
+@compiled
 def attend(blocks: Any, start: Any, length: Any, heads: Any, scale: Any, out: Any) -> None:
     """Attend within one short text: `blocks` as `turn` leaves them, `out` (T, C)."""
     width = out.shape[1]
@@ -330,18 +333,18 @@ def attend(blocks: Any, start: Any, length: Any, heads: Any, scale: Any, out: An
         base = start * width + head * length * depth
         for j in range(length):
             for i in range(depth):
-                keys[j, i] = _get(blocks[1], base + j * depth + i)
-                values[j, i] = _get(blocks[2], base + j * depth + i)
+                keys[j, i] = get(blocks[1], base + j * depth + i)
+                values[j, i] = get(blocks[2], base + j * depth + i)
         for t in range(length):
             for i in range(depth):
-                query[i] = _get(blocks[0], base + t * depth + i)
-            _mix(query, keys, values, scale, scores, mixed)
+                query[i] = get(blocks[0], base + t * depth + i)
+            mix(query, keys, values, scale, scores, mixed)
             place = out[start + t, head * depth : (head + 1) * depth]
             for i in range(depth):
-                _put(place, i, mixed[i])
+                put(place, i, mixed[i])
 
 
-@_compiled
+@compiled
 def attend_firsts(
     product: Any,
     size: Any,
@@ -368,21 +371,22 @@ def attend_firsts(
             base = starts[text] * width + head * length * depth
             for j in range(length):
                 for i in range(depth):
-                    keys[j, i] = _get(blocks[1], base + j * depth + i)
-                    values[j, i] = _get(blocks[2], base + j * depth + i)
+                    keys[j, i] = get(blocks[1], base + j * depth + i)
+                    values[j, i] = get(blocks[2], base + j * depth + i)
             for i in range(depth):
-                query[i] = _get(product[text], head * depth + i) * factor
+                query[i] = get(product[text], head * depth + i) * factor
             if bias.shape[0]:
                 for i in range(depth):
                     query[i] += bias[head * depth + i]
-            _mix(query, keys, values, scale, scores, mixed)
+            mix(query, keys, values, scale, scores, mixed)
             place = out[text, head * depth : (head + 1) * depth]
             for i in range(depth):
-                _put(place, i, mixed[i])
+                put(place, i, mixed[i])
 
 
-@_inlined
-def _mix(query: Any, keys: Any, values: Any, scale: Any, scores: Any, mixed: Any) -> None:
+@inlined
+def mix(query: Any, keys: Any, values: Any, scale: Any, scores: Any, mixed: Any) -> None:
+    """Attend from one query, (D,), to keys and values, (length, D), all float32; `scores` is room for (length,)."""
     length, depth = keys.shape
     most = np.int32(-2147483648)
     for j in range(length):

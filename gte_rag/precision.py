@@ -190,6 +190,12 @@ class Int8Linear(nn.Module):
         out = out.mul_(size) if residual is None else torch.addcmul(residual, out, size, out=out)
         return out if self.bias is None else out.add_(self.bias)
 
+    def levels(self) -> Tensor:
+        """Return the weights that were packed, int8, shape (out, in), read by a product: oneDNN's order is its own."""
+        ones = torch.full((self.in_features, self.in_features), _ZERO, dtype=torch.uint8)
+        ones.diagonal().add_(1)
+        return self.product(ones).div_(self.scales).round_().to(torch.int8).T.contiguous()
+
     def product(self, levels: Tensor) -> Tensor:
         """Compute the product in units of the rows' levels, without bias: uint8 (T, in) -> float32 (T, out)."""
         out: Tensor = _onednn.qlinear_pointwise(

@@ -183,7 +183,7 @@ def test_without_numba_the_network_runs_on_torch_alone() -> None:
 def test_gelu_is_within_two_millionths(plain: int) -> None:
     x = np.linspace(-9, 9, 20001, dtype=np.float32)[None]
     out = np.empty_like(x)
-    kernels.gate(np.ones_like(x[:, plain:]), x, 0, plain, NOTHING, out, NOTHING)
+    kernels.gate(np.ones_like(x[:, plain:]), x, 0, x.shape[1], plain, NOTHING, out, NOTHING)
     exact = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
     np.testing.assert_allclose(out, exact, rtol=1e-6, atol=2e-6)
 
