@@ -33,7 +33,8 @@ from gte_rag.precision import Int8Linear
 
 Array = NDArray[Any]
 
-ROWS = instructions.TILE_ROWS  # that a pass can have
+ROWS = 64  # that a pass can have: texts of that length attend in one loop among others, too
+_TOGETHER = instructions.TILE_ROWS  # rows that are computed together in tiles
 COLUMNS = instructions.STRIDE  # that a product can read
 _AT_ONCE = 12  # rows that are computed together without tiles: 24 registers of sums
 _INPUTS = instructions.INPUTS
@@ -99,14 +100,16 @@ def _multiply(
         of, start = weights.ctypes.data + place + panel * size, panel * PANEL
         if sums.shape[0]:
             steps = size // (_INPUTS * PANEL)
-            if rows > 16:
-                two_groups(levels.ctypes.data, of, steps, sums.ctypes.data)
-            else:
-                one_group(levels.ctypes.data, of, steps, sums.ctypes.data)
-            for row in range(rows):
-                for i in range(PANEL):
-                    value = np.float32(np.int32(sums[row, i] - offsets[start + i]))
-                    out[row, start + i] = value * scales[start + i]
+            for first in range(0, rows, _TOGETHER):
+                above, left = levels.ctypes.data + first * COLUMNS, min(_TOGETHER, rows - first)
+                if left > 16:
+                    two_groups(above, of, steps, sums.ctypes.data)
+                else:
+                    one_group(above, of, steps, sums.ctypes.data)
+                for row in range(left):
+                    for i in range(PANEL):
+                        value = np.float32(np.int32(sums[row, i] - offsets[start + i]))
+                        out[first + row, start + i] = value * scales[start + i]
             continue
         offset, scale = offsets.ctypes.data + 4 * start, scales.ctypes.data + 4 * start
         steps, apart = (inner + 3) // 4, 4 * out.shape[1]
@@ -222,7 +225,7 @@ def _run(
     depth = width // heads
     texts = starts.shape[0]
     phase = 0
-    sums = np.empty((ROWS if tiles.shape[0] else 0, PANEL), np.int32)
+    sums = np.empty((_TOGETHER if tiles.shape[0] else 0, PANEL), np.int32)
     if tiles.shape[0]:
         shape_tiles(tiles.ctypes.data)
     if calls.shape[0]:
@@ -370,7 +373,7 @@ class FewRows:
                 panels = _panelled(levels).reshape(-1)
                 self._weights[place : place + len(panels)] = panels
         shapes = instructions.tile_shapes()
-        self._tiles = np.empty((ROWS + 1, 0), np.uint8) if shapes is None else shapes
+        self._tiles = np.empty((_TOGETHER + 1, 0), np.uint8) if shapes is None else shapes
         self._spare: list[_Buffers] = []
 
     def __call__(self, hidden: Array, cu_seqlens: Array) -> None:
@@ -387,11 +390,12 @@ class FewRows:
         weight, bias, eps = self._norm
         levels, size = buffers.levels, buffers.size
         normalise(no_product, nothing, nothing, hidden, weight, bias, eps, levels, size)
+        tiles = self._tiles[min(rows, _TOGETHER)]
         state = np.zeros(_APART * 9 * len(self._widths), np.int64)
         arguments = (
             self._weights, self._places, self._widths, self._plains, self._offsets, self._scales, self._vectors, eps,
             self._heads, self._scale, self._turns, cu_seqlens[:-1], np.diff(cu_seqlens), hidden, levels, size,
-            buffers.middle, buffers.middle_size, buffers.mixed[:rows], buffers.product, self._tiles[rows], state,
+            buffers.middle, buffers.middle_size, buffers.mixed[:rows], buffers.product, tiles, state,
         )  # fmt: skip
         _HELPERS.ask(partial(_run, *arguments, _JOINED), min(torch.get_num_threads(), _THREADS) - 1)
         _run(*arguments, _CALLS)

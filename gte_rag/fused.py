@@ -39,7 +39,7 @@ _ROWS = (
 )
 _STEP = 16  # row counts are rounded up to multiples of this, because oneDNN prepares a kernel for each; but see _FEW
 _FEW = 128  # with fewer rows than this the calling thread computes alone, and no row is wasted on rounding
-_SHORT = 32  # texts up to this length attend in one loop, longer ones by matrix products
+_SHORT = 64  # texts up to this length attend in one loop, longer ones by matrix products
 _SCORES = 1 << 19  # scores that one product of queries and keys may give, in one core's cache with what belongs to them
 _QUERIES = 256  # queries of a long text that are scored together
 _KEPT_ROWS = 4096  # buffers up to this size are kept for the next batch; those of longer texts are given back

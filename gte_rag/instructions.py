@@ -179,7 +179,11 @@ TILE_ROWS = 32
 
 
 def tile_shapes() -> NDArray[np.uint8] | None:
-    """Return what `shape_tiles` reads for each number of rows up to `TILE_ROWS`, or None if this process may not use tiles."""
+    """Return what `shape_tiles` reads, or None if this process may not use tiles.
+
+    Returns:
+        uint8, shape (`TILE_ROWS` + 1, 64): for each number of rows that are multiplied together.
+    """
     if not _HAS_TILES or platform.system() != "Linux":
         return None
     if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl: ask for the tiles' data, which is not saved otherwise

@@ -40,7 +40,7 @@ def _product() -> Any:
     numba = importlib.import_module("numba")
     parts, multiply = few_rows._parts, few_rows._multiply
     shape_tiles, release_tiles, rows_of_sums, panel = (
-        instructions.shape_tiles, instructions.release_tiles, few_rows.ROWS, few_rows.PANEL,
+        instructions.shape_tiles, instructions.release_tiles, few_rows._TOGETHER, few_rows.PANEL,
     )  # fmt: skip
 
     def product(
@@ -93,11 +93,11 @@ def other_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 20, 21, 24, 25, 31, 32])
+@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 20, 21, 24, 25, 31, 32, 33, 48, 49, 63, 64])
 @pytest.mark.parametrize(("inner", "channels"), [(4, 32), (5, 1), (64, 33), (770, 96), (4160, 31)])
 def test_a_product_is_exact(rows: int, inner: int, channels: int, tiles: bool) -> None:
     """Whatever the levels, the largest too: against the sum in 64 bits."""
-    shapes = instructions.tile_shapes() if tiles else np.empty((few_rows.ROWS + 1, 0), np.uint8)
+    shapes = instructions.tile_shapes() if tiles else np.empty((few_rows._TOGETHER + 1, 0), np.uint8)
     if shapes is None:
         pytest.skip("this processor has no tiles (AMX)")
     random = np.random.default_rng(rows)
@@ -114,7 +114,7 @@ def test_a_product_is_exact(rows: int, inner: int, channels: int, tiles: bool) -
     offsets[:channels] = 128 * weights.sum(axis=1, dtype=np.int32)
     scales[:channels] = 2.0 ** random.integers(-9, 3, channels)
     out = np.full((few_rows.ROWS, columns + few_rows.PANEL), np.nan, np.float32)
-    multiply(levels, placed, inner, channels, offsets, scales, out, rows, shapes[rows])
+    multiply(levels, placed, inner, channels, offsets, scales, out, rows, shapes[min(rows, few_rows._TOGETHER)])
     exact = (levels[:rows, :inner].astype(np.int64) - 128) @ weights.T.astype(np.int64)
     np.testing.assert_array_equal(out[:rows, :channels], exact.astype(np.float32) * scales[:channels])
     assert np.isnan(out[few_rows._padded(rows, 4) :]).all()
@@ -131,8 +131,12 @@ def test_packed_weights_can_be_read_back(outer: int, inner: int) -> None:
 
 
 def test_a_text_gets_the_vectors_that_it_gets_from_the_other_products(encoder: GTEEncoder, other_way: Any) -> None:
-    texts = [" ".join(["water", "is", "a", "liquid"] * 10).rsplit(" ", 40 - words)[0] for words in range(1, 36)]
+    texts = [" ".join(["water", "is", "a", "liquid"] * 10).rsplit(" ", 40 - words)[0] for words in range(1, 31)]
     texts += [text for text in TEXTS if len(text) < 100]
+    texts += [
+        " ".join(["the", "capital", "where", "water", "meets", "ice"] * 10)[: 5 * words] for words in range(30, 61, 3)
+    ]
+    assert few_rows.ROWS <= fused._SHORT
     asked = [encoder.encode_documents([text]) for text in texts]
     with other_way():
         given = [encoder.encode_documents([text]) for text in texts]

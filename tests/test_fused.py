@@ -25,7 +25,12 @@ kernels: Any = importlib.import_module("gte_rag.kernels") if fused.has_kernels()
 has_int8 = pytest.mark.skipif(not precision._has_int8(), reason="this processor has no 8-bit dot products")
 each_precision = pytest.mark.parametrize("name", ["float32", "bf16", pytest.param("int8", marks=has_int8)])
 # Of all lengths: some attend in one loop, some by products in one block of queries, one in several.
-MIXED = [*TEXTS, LONG_TEXT, " ".join([LONG_TEXT] * 3), *(" ".join(["water"] * n) for n in (30, 31, 32, 33, 60, 300))]
+MIXED = [
+    *TEXTS,
+    LONG_TEXT,
+    " ".join([LONG_TEXT] * 3),
+    *(" ".join(["water"] * n) for n in (30, 33, 60, 61, 62, 63, 64, 65, 300)),
+]
 NOTHING = np.empty(0, np.float32)
 
 
