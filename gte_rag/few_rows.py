@@ -4,10 +4,10 @@ A dozen rows use every weight a dozen times, so what takes time is to fetch the 
 gte-multilingual-base. They are therefore kept a second time, in the order in which they are read, and asked for a page before
 their use. Between the products the loops are those of `gte_rag.kernels`, so a text gets the vector that it gets among others.
 
-The thread that calls does not wait for others. A layer is nine phases of independent parts; whoever is there takes the next
+The thread that calls waits for nobody to come. A layer is nine phases of independent parts; whoever is there takes the next
 part, a phase ends when its parts are done, and a thread that comes late, or never, leaves its share to the rest.
 
-Numba keeps what it has compiled until this file changes: touch it after a change of `gte_rag.kernels`.
+Numba keeps what it has compiled until this file changes, and looks at none of those whose functions it calls; hence `_CALLED`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,27 @@ import torch
 from numpy.typing import NDArray
 
 from gte_rag import instructions
-from gte_rag.instructions import PANEL, add_one, look, one_group, release_tiles, shape_tiles, ticks, two_groups
+from gte_rag.instructions import (
+    PANEL,
+    add_one,
+    give_way,
+    look,
+    one_group,
+    release_tiles,
+    shape_tiles,
+    ticks,
+    two_groups,
+)
 from gte_rag.kernels import compiled, gate, get, inlined, level, mix, normalise, put
-from gte_rag.precision import Int8Linear
+from gte_rag.model import Layer
+from gte_rag.precision import Int8GatedMLP, Int8Linear
 
 Array = NDArray[Any]
 
 ROWS = 64  # that a pass can have: texts of that length attend in one loop among others, too
 _TOGETHER = instructions.TILE_ROWS  # rows that are computed together in tiles
 COLUMNS = instructions.STRIDE  # that a product can read
+_CALLED = "74ca65789f122ab8"  # digest of kernels.py and instructions.py, which a test compares
 _AT_ONCE = 12  # rows that are computed together without tiles: 24 registers of sums
 _INPUTS = instructions.INPUTS
 _PART = 98304  # bytes of weights that a thread takes at a time, or one panel
@@ -54,18 +66,24 @@ def is_supported() -> bool:
 
 # Parts
 
-_TAKEN, _DONE, _APART = 0, 8, 16  # places of a phase's two counters, each in a cache line of its own
+_PHASES = 9  # of a layer
+# Of each phase so many int64: the number of parts that are taken, and in another line of the cache of those that are done.
+_APART, _DONE = 16, 8
+_TURNS = 4096  # of waiting, before others may have the core
 
 
 @inlined
 def _first(state: Any, phase: Any, parts: Any) -> Any:
     """Take a part of a phase; if none is left, wait until all are done and return -1."""
     at = state.ctypes.data + 8 * _APART * phase
-    part = add_one(at + 8 * _TAKEN)
+    part = add_one(at)
     if part < parts:
         return part
+    turns = 0
     while look(at + 8 * _DONE) < parts:
-        pass
+        turns += 1
+        if turns % _TURNS == 0:
+            give_way()
     return np.int64(-1)
 
 
@@ -92,8 +110,8 @@ def _multiply(
 ) -> None:
     """Compute one part of a product: rows of levels by some panels of weights, which begin at `place`.
 
-    With room for `sums` in tiles, which have been given their shape. Rows and columns of `out` behind those asked for, up to a
-    multiple of 4 and of `PANEL`, may be written as well.
+    In tiles if there is room for their `sums`; they have been given their shape. Of the levels, rows and columns behind those
+    asked for are read, up to a multiple of 16 and of `_INPUTS`; of `out` written, up to a multiple of 4 and of `PANEL`.
     """
     panels, together, size = _panels(inner, channels)
     for panel in range(part * together, min(panels, (part + 1) * together)):
@@ -138,9 +156,22 @@ def _parts(inner: Any, channels: Any) -> Any:
 
 @inlined
 def _attend(
-    product: Any, size: Any, bias: Any, turns: Any, start: Any, length: Any, head: Any, depth: Any, scale: Any, out: Any
+    product: Any,
+    size: Any,
+    bias: Any,
+    turns: Any,
+    start: Any,
+    length: Any,
+    head: Any,
+    depth: Any,
+    scale: Any,
+    out: Any,
+    exact: Any,
 ) -> None:
-    """Attend within one head of one text: rows of queries, keys and values of all heads -> columns of `out`."""
+    """Attend within one head of one text: rows of queries, keys and values of all heads -> columns of `out`.
+
+    Queries are rounded as in `kernels.turn`, or not at all if they are to be exact, as in `kernels.attend_firsts`.
+    """
     width = out.shape[1]
     stored = np.empty(depth, out.dtype)
     parts = np.empty((3, length, depth), np.float32)
@@ -157,15 +188,21 @@ def _attend(
                     turned[2 * i + 1] = a * turns[t, i, 1] + b * turns[t, i, 0]
                 for i in range(depth):
                     row[i] = turned[i]
-            for i in range(depth):  # rounded as in `kernels.turn`
+            for i in range(depth):
                 put(stored, i, row[i])
-                parts[part, t, i] = get(stored, i)
+                parts[part, t, i] = row[i] if exact and part == 0 else get(stored, i)
     mixed, scores = np.empty(depth, np.float32), np.empty(length, np.float32)
     for t in range(length):
         mix(parts[0, t], parts[1], parts[2], scale, scores, mixed)
         place = out[start + t, head * depth : (head + 1) * depth]
         for i in range(depth):
             put(place, i, mixed[i])
+
+
+@inlined
+def _channels(width: Any) -> Any:
+    """Return where the channels of the four products of a layer begin in `offsets` and `scales`."""
+    return 0, 3 * width, 5 * width, 4 * width
 
 
 @compiled
@@ -191,6 +228,7 @@ def _run(
     mixed: Any,
     product: Any,
     tiles: Any,
+    firsts: Any,
     state: Any,
     calls: Any,
 ) -> None:
@@ -211,13 +249,14 @@ def _run(
         starts: First row of each text.
         lengths: Rows of each text.
         hidden: Hidden state, float32, (T, C), read and written.
-        levels: The same in levels, and their `size`.
+        levels: The same in levels, uint8, (`ROWS`, `COLUMNS`).
         size: Size of a level of each row.
-        middle: Levels of the neurons, and of what attention gives, and their `middle_size`.
+        middle: Levels of the neurons, and of what attention gives, uint8, (`ROWS`, `COLUMNS`).
         middle_size: Size of a level of each row.
         mixed: What attention gives, (T, C).
         product: What a product gives, float32.
-        tiles: Shapes of the tiles for these rows, or nothing.
+        tiles: Shape of the tiles for these rows, or nothing.
+        firsts: Whether only the first row of each text is wanted in the end.
         state: Counters, zeros in the beginning.
         calls: Number of passes so far, of the thread that begins one; empty for those that join.
     """
@@ -233,7 +272,7 @@ def _run(
     for layer in range(widths.shape[0]):
         own, plain, place = widths[layer], plains[layer], places[layer]
         values = vectors[layer]
-        qkv, o, down, up = 0, 3 * width, 4 * width, 5 * width  # where the channels of each product begin
+        qkv, o, up, down = _channels(width)
         shift, step = offsets[layer], scales[layer]
 
         parts = _parts(width, 3 * width)
@@ -245,7 +284,8 @@ def _run(
         while part >= 0:
             text = part // heads
             bias = values[:3].reshape(3 * width)
-            _attend(product, size, bias, turns, starts[text], lengths[text], part % heads, depth, scale, mixed)
+            exact = firsts and layer == widths.shape[0] - 1
+            _attend(product, size, bias, turns, starts[text], lengths[text], part % heads, depth, scale, mixed, exact)
             part = _next(state, phase + 1, heads * texts)
         part = _first(state, phase + 2, rows)
         while part >= 0:
@@ -291,7 +331,7 @@ def _run(
                 product[at], middle_size[at], values[6], hidden[at], values[7], values[8], eps, levels[at], size[at]
             )
             part = _next(state, phase + 8, rows)
-        phase += 9
+        phase += _PHASES
     if tiles.shape[0]:
         release_tiles()
 
@@ -316,14 +356,31 @@ class EightBitLayer(NamedTuple):
     width: int
     plain: int
 
+    @classmethod
+    def of(cls, layer: Layer) -> EightBitLayer:
+        """Take over a layer whose products are in 8 bits."""
+        mlp, norms = layer.mlp, (layer.attn_ln, layer.mlp_ln)
+        assert isinstance(mlp, Int8GatedMLP)
+        qkv, o = layer.attention.qkv_proj, layer.attention.o_proj
+        assert isinstance(qkv, Int8Linear)
+        assert isinstance(o, Int8Linear)
+        assert mlp.up_gate.bias is None
+        biases = [
+            torch.zeros(product.out_features) if product.bias is None else product.bias
+            for product in (qkv, o, mlp.down)
+        ]
+        after = [torch.cat([norm.weight, norm.bias]).float() for norm in norms]
+        vectors = torch.cat([biases[0], biases[1], after[0], biases[2], after[1]]).view(9, -1).numpy()
+        return cls((qkv, o, mlp.up_gate, mlp.down), vectors, mlp.down.in_features, mlp.plain)
+
 
 class _Buffers:
     """What a pass needs beside its weights."""
 
-    def __init__(self, width: int, channels: int, mixed: torch.dtype) -> None:
+    def __init__(self, width: int, channels: int, attention: torch.dtype) -> None:
         self.levels, self.middle = (np.zeros((ROWS, COLUMNS), np.uint8) for _ in range(2))
         self.size, self.middle_size = (np.zeros(ROWS, np.float32) for _ in range(2))
-        self.mixed = np.zeros((ROWS, width), np.uint16 if mixed == torch.bfloat16 else np.float32)
+        self.mixed = np.zeros((ROWS, width), np.uint16 if attention == torch.bfloat16 else np.float32)
         self.product = np.zeros((ROWS, channels), np.float32)
 
 
@@ -363,9 +420,7 @@ class FewRows:
         self._places = np.cumsum([0, *sizes[:-1]], dtype=np.int64).reshape(len(layers), 4)
         self._weights = _aligned(sum(sizes))
         for number, layer in enumerate(layers):
-            for product, place, first in zip(
-                layer.products, self._places[number], (0, 3 * width, 5 * width, 4 * width), strict=True
-            ):
+            for product, place, first in zip(layer.products, self._places[number], _channels(width), strict=True):
                 levels = product.levels().numpy()
                 channels = slice(first, first + len(levels))
                 self._offsets[number, channels] = 128 * levels.sum(axis=1, dtype=np.int32)
@@ -376,26 +431,30 @@ class FewRows:
         self._tiles = np.empty((_TOGETHER + 1, 0), np.uint8) if shapes is None else shapes
         self._spare: list[_Buffers] = []
 
-    def __call__(self, hidden: Array, cu_seqlens: Array) -> None:
+    def __call__(self, hidden: Array, cu_seqlens: Array, firsts: bool) -> None:
         """Apply all layers.
 
         Args:
             hidden: Sum of the embeddings, float32, shape (T, C), T at most `ROWS`; overwritten by the state after the last
                 layer.
             cu_seqlens: int64, shape (texts + 1,): text j lies at ``cu_seqlens[j]:cu_seqlens[j + 1]``.
+            firsts: Whether only the first row of each text is wanted, whose query is then not rounded in the last layer.
         """
         rows = len(hidden)
-        buffers = self._spare.pop() if self._spare else _Buffers(hidden.shape[1], self._columns, self._attention)
+        try:
+            buffers = self._spare.pop()
+        except IndexError:
+            buffers = _Buffers(hidden.shape[1], self._columns, self._attention)
         no_product, nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32)
         weight, bias, eps = self._norm
         levels, size = buffers.levels, buffers.size
         normalise(no_product, nothing, nothing, hidden, weight, bias, eps, levels, size)
         tiles = self._tiles[min(rows, _TOGETHER)]
-        state = np.zeros(_APART * 9 * len(self._widths), np.int64)
+        state = np.zeros(_APART * _PHASES * len(self._widths), np.int64)
         arguments = (
             self._weights, self._places, self._widths, self._plains, self._offsets, self._scales, self._vectors, eps,
             self._heads, self._scale, self._turns, cu_seqlens[:-1], np.diff(cu_seqlens), hidden, levels, size,
-            buffers.middle, buffers.middle_size, buffers.mixed[:rows], buffers.product, tiles, state,
+            buffers.middle, buffers.middle_size, buffers.mixed[:rows], buffers.product, tiles, firsts, state,
         )  # fmt: skip
         _HELPERS.ask(partial(_run, *arguments, _JOINED), min(torch.get_num_threads(), _THREADS) - 1)
         _run(*arguments, _CALLS)
@@ -435,10 +494,10 @@ _Jobs: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
 
 def _help(jobs: _Jobs) -> None:
     """Take part in whatever is asked for, until there is None to do."""
-    job = jobs.get()
-    while job is not None:
-        job()
-        job = _another(jobs)
+    while (job := _another(jobs)) is not None:
+        with suppress(Exception):  # the thread that calls meets it, too
+            job()
+        del job  # which holds a network's weights
 
 
 def _another(jobs: _Jobs) -> Callable[[], None] | None:
@@ -466,22 +525,29 @@ class _Helpers:
         self._jobs: _Jobs = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._kept_off: tuple[int, set[int]] | None = None
+        self._stopped = False
 
     def ask(self, work: Callable[[], None], count: int) -> None:
         """Let so many threads do the same work, if there are cores for them, and do not wait for them."""
-        cores = os.sched_getaffinity(0) if _core is not None else set(range(os.cpu_count() or 1))
+        cores = _cores()
         count = min(count, len(cores) - 1)
         if count < 1:
             return
         with self._lock:
-            while len(self._threads) < count:
-                thread = threading.Thread(target=_help, args=(self._jobs,), name="gte-rag-few-rows", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-                self._kept_off = None
+            self._start(count)
             self._keep_off(cores)
-            for _ in range(count):
+            for _ in self._threads[:count]:
                 self._jobs.put(work)
+
+    def _start(self, count: int) -> None:
+        while len(self._threads) < count and not self._stopped:
+            thread = threading.Thread(target=_help, args=(self._jobs,), name="gte-rag-few-rows", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there may be no more, and the one that calls can do all by itself
+                return
+            self._threads.append(thread)
+            self._kept_off = None
 
     def _stop(self) -> None:
         """End the threads, which must not be in compiled code when the interpreter goes."""
@@ -490,7 +556,7 @@ class _Helpers:
                 self._jobs.put(None)
             for thread in self._threads:
                 thread.join(1.0)
-            self._threads = []
+            self._threads, self._stopped = [], True
 
     def _keep_off(self, cores: set[int]) -> None:
         """Keep the threads off the core of the calling one: waking them, a kernel may put them there, where both would wait."""
@@ -503,9 +569,18 @@ class _Helpers:
         self._kept_off = now
 
 
-def _find_core() -> Callable[[], int] | None:
+def _cores() -> set[int]:
+    """Return the cores that the calling thread may use."""
     try:
-        found = ctypes.CDLL(None).sched_getcpu
+        return os.sched_getaffinity(0)
+    except (AttributeError, OSError):  # another system, or not allowed to ask
+        return set(range(os.cpu_count() or 1))
+
+
+def _find_core() -> Callable[[], int] | None:
+    """Return the function that tells the core of the calling thread, where threads can be kept off it."""
+    try:
+        found = ctypes.PyDLL(None).sched_getcpu  # keeps Python's lock, for which helpers wait
     except (AttributeError, OSError, TypeError):  # another system
         return None
     return found if hasattr(os, "sched_setaffinity") else None

@@ -62,7 +62,7 @@ def has_kernels() -> bool:
 
 @cache
 def _few_rows() -> ModuleType | None:
-    """Return the module for few rows in 8 bits, where the processor has its instruction."""
+    """Return the module for few rows in 8 bits, where the processor has the instructions."""
     try:
         found = importlib.import_module("gte_rag.few_rows")
     except ImportError:
@@ -246,23 +246,6 @@ class _Scores(NamedTuple):
     queries: slice
 
 
-def _eight_bit_layer(module: ModuleType, layer: nn.Module) -> Any:  # noqa: ANN401
-    assert isinstance(layer, Layer)
-    attention, mlp = layer.attention, layer.mlp
-    assert isinstance(mlp, Int8GatedMLP)
-    products = (attention.qkv_proj, attention.o_proj, mlp.up_gate, mlp.down)
-    width = layer.attn_ln.weight.shape[0]
-
-    def bias(product: nn.Module) -> Tensor:
-        assert isinstance(product, Int8Linear)
-        return torch.zeros(product.out_features) if product.bias is None else product.bias
-
-    qkv, o, _, down = map(bias, products)
-    rows = (qkv, o, layer.attn_ln.weight, layer.attn_ln.bias, down, layer.mlp_ln.weight, layer.mlp_ln.bias)
-    vectors = torch.cat([row.float() for row in rows]).view(9, width).numpy()
-    return module.EightBitLayer(products, vectors, mlp.down.in_features, mlp.plain)
-
-
 class Fused:
     """The forward pass of a `GTEModel` whose products are packed."""
 
@@ -289,31 +272,44 @@ class Fused:
         self._nothing = _array(torch.empty(0, 0, dtype=given))
         self._no_size = np.empty(0, np.float32)
         self._spare: list[_Workspace] = []
-        self._whole_layers = list(model.layers)  # without the network, which has this pass
+        self._whole_layers = list(model.layers)  # not the network itself, which holds this pass
         self._inner = [self._width, *(layer.width for layer in self._layers)]
         self._making = threading.Lock()
-        self._few: Any = None  # made when it is first wanted: not every process has queries
+        self._few: Any = None
 
     def __call__(self, token_ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None, firsts: bool) -> Tensor:
         """Compute what `GTEModel.forward` does."""
-        module = _few_rows() if self._eight else None
-        if module is None or not 0 < len(token_ids) <= module.ROWS or max(self._inner) > module.COLUMNS:
+        few = self._for_few_rows(len(token_ids))
+        if few is None:
             return _Pass(self, token_ids, cu_seqlens, token_types, firsts).run()
-        with self._making:
-            if self._few is None:
-                layers = [_eight_bit_layer(module, layer) for layer in self._whole_layers]
-                turns = self.turns(module.ROWS)
-                self._few = module.FewRows(layers, self._first_norm, turns, self._heads, self._attention)
         # Indexing would be shared out by OpenMP, whose threads then keep the cores from those of this pass.
         hidden = functional.embedding(token_ids, self._words).float()
         self.add_types(hidden, token_types)
-        self._few(hidden.numpy(), cu_seqlens.numpy())
+        few(hidden.numpy(), cu_seqlens.numpy(), firsts)
         return hidden.index_select(0, cu_seqlens[:-1]) if firsts else hidden
+
+    def _for_few_rows(self, rows: int) -> Any:  # noqa: ANN401
+        """Return the pass for so few rows in 8 bits, or None. It is made when it is first wanted: not all encode queries."""
+        module = _few_rows() if self._eight else None
+        if (
+            module is None
+            or not 0 < rows <= module.ROWS
+            or max(self._inner) > module.COLUMNS
+            or not self._first_norm[2]
+        ):
+            return None
+        if self._few is None:
+            with self._making:
+                if self._few is None:
+                    layers = [module.EightBitLayer.of(layer) for layer in self._whole_layers]
+                    turns = self.turns(module.ROWS)
+                    self._few = module.FewRows(layers, self._first_norm, turns, self._heads, self._attention)
+        return self._few
 
     def add_types(self, hidden: Tensor, token_types: Tensor | None) -> None:
         """Add the rows of the token-type table, those of row 0 if no others are given."""
         if self._types is not None:
-            hidden += self._types[0] if token_types is None else self._types[token_types]
+            hidden += self._types[0] if token_types is None else functional.embedding(token_types, self._types)
 
     def turns(self, length: int) -> Array:
         """Return cosine and sine of the first positions and pairs of channels: float32, (length, D / 2, 2)."""

@@ -7,6 +7,7 @@ Matrices are given by addresses. Levels are unsigned 8-bit rows, `STRIDE` bytes 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,17 @@ from numba import extending
 from numba.core import cgutils
 from numpy.typing import NDArray
 
-STRIDE = 4160  # a constant of the code, and no multiple of the size of a cache's way
+STRIDE = (
+    4160  # 65 lines of a cache, so that rows do not compete for the same places of it; a constant of the compiled code
+)
 PANEL = 32
 INPUTS = 64
 _AHEAD = 4096  # bytes from a weight to the one that is fetched meanwhile: a processor's own fetching ends with the page
 
-_FEATURES = llvmlite.binding.get_host_cpu_features() if getattr(numba.config, "CPU_NAME", None) is None else {}
+_config: Any = numba.config
+# Numba may be told to compile for less than the processor has.
+_FOR_THIS = _config.CPU_NAME is None and _config.CPU_FEATURES is None and _config.ENABLE_AVX
+_FEATURES = llvmlite.binding.get_host_cpu_features() if _FOR_THIS else {}
 HAS_DOT_PRODUCTS = bool(_FEATURES.get("avx512vnni"))
 """Whether the processor multiplies registers of 512 bits of 8-bit numbers (AVX-512 VNNI)."""
 _HAS_TILES = all(_FEATURES.get(name) for name in ("avx512vnni", "amx-tile", "amx-int8"))
@@ -32,6 +38,7 @@ _HAS_TILES = all(_FEATURES.get(name) for name in ("avx512vnni", "amx-tile", "amx
 _VOID, _I8, _I32, _I64 = ir.VoidType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _INTEGERS, _FLOATS = ir.VectorType(_I32, 16), ir.VectorType(ir.FloatType(), 16)
 _ZEROS = ir.Constant(_INTEGERS, [0] * 16)
+_FIRST_ONLY = _ZEROS  # of a shuffle: every place takes the first
 _REGISTERS = PANEL // 16
 
 
@@ -55,18 +62,16 @@ class _Code:
 
     def fetch(self, address: Any, size: int) -> None:
         """Ask for `size` bytes, `_AHEAD` of an address, to be brought near."""
-        name = "llvm.prefetch.p0" if llvmlite.binding.llvm_version_info[0] > 14 else "llvm.prefetch.p0i8"
+        to_read, into_all_caches, data = _I32(0), _I32(3), _I32(1)
         for line in range(0, size, 64):
-            self.call(
-                name, self.at(address, _AHEAD + line), _I32(0), _I32(3), _I32(1)
-            )  # to read, into all caches, data
+            self.call("llvm.prefetch.p0", self.at(address, _AHEAD + line), to_read, into_all_caches, data)
 
     def repeat(self, times: Any, *starts: Any) -> _Loop:
         return _Loop(self, times, starts)
 
 
 class _Loop:
-    """A loop whose values change from turn to turn: `begin` gives the turn and the values, `end` takes the new ones."""
+    """A loop of at least one turn, whose values change: `begin` gives the turn and the values, `end` takes the new ones."""
 
     def __init__(self, code: _Code, times: Any, starts: Any) -> None:
         self._builder, self._times, self._before = code.builder, times, code.builder.block
@@ -89,6 +94,7 @@ class _Loop:
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
+    """Return numba's intrinsic, whose own type says that it takes the context, too."""
     return extending.intrinsic(function)
 
 
@@ -126,7 +132,7 @@ def dot_products(rows: int) -> Any:
             grown: list[Any] = []
             for row in range(rows):
                 one = build.insert_element(_ZEROS, code.load(code.at(first, row * STRIDE, _I32)), _I32(0))
-                repeated = build.shuffle_vector(one, one, _ZEROS)
+                repeated = build.shuffle_vector(one, one, _FIRST_ONLY)
                 for weight in weights:
                     arguments = sums[len(grown)], repeated, weight
                     grown.append(code.call("llvm.x86.avx512.vpdpbusd.512", *arguments, result=_INTEGERS))
@@ -167,6 +173,17 @@ def look(context: Any, address: Any) -> Any:
 
 
 @_intrinsic
+def give_way(context: Any) -> Any:
+    """Let the system run another thread on this core, where it can be asked to."""
+
+    def generate(code: Any) -> None:
+        if os.name == "posix":
+            code.call("sched_yield", result=_I32)
+
+    return _function(0, generate)
+
+
+@_intrinsic
 def ticks(context: Any) -> Any:
     """Return the processor's clock."""
     return _function(0, lambda code: code.call("llvm.readcyclecounter", result=_I64), numba.types.int64)
@@ -186,7 +203,8 @@ def tile_shapes() -> NDArray[np.uint8] | None:
     """
     if not _HAS_TILES or platform.system() != "Linux":
         return None
-    if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl: ask for the tiles' data, which is not saved otherwise
+    arch_prctl, ask_for, data_of_tiles = 158, 0x1023, 18  # which the system does not save for those who have not asked
+    if ctypes.CDLL(None).syscall(arch_prctl, ask_for, data_of_tiles):
         return None
     shapes = np.zeros((TILE_ROWS + 1, 64), np.uint8)
     shapes[:, 0] = 1
@@ -198,13 +216,13 @@ def tile_shapes() -> NDArray[np.uint8] | None:
 
 
 @_intrinsic
-def shape_tiles(context: Any, shape: Any) -> Any:
+def _shape(context: Any, shape: Any) -> Any:
     """Let this thread use tiles of the shape at an address."""
     return _function(1, lambda code, shape: code.call("llvm.x86.ldtilecfg", code.at(shape)))
 
 
 @_intrinsic
-def release_tiles(context: Any) -> Any:
+def _release(context: Any) -> Any:
     """Let this thread use tiles no longer."""
     return _function(0, lambda code: code.call("llvm.x86.tilerelease"))
 
@@ -245,11 +263,11 @@ def _tiles(groups: int) -> Any:
     return multiply
 
 
-def _no_tiles(levels: int, panel: int, steps: int, sums: int) -> None:
-    """Stand in where the processor has no tiles, and the instructions could not be compiled."""
+def _nothing(*addresses: int) -> None:
+    """Stand in where the processor has no tiles: a compiler that meets the instructions there ends the process."""
 
 
 if _HAS_TILES:
-    one_group, two_groups = _tiles(1), _tiles(2)
+    shape_tiles, release_tiles, one_group, two_groups = _shape, _release, _tiles(1), _tiles(2)
 else:
-    one_group = two_groups = numba.njit(_no_tiles)
+    shape_tiles = release_tiles = one_group = two_groups = numba.njit(_nothing)

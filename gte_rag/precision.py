@@ -191,7 +191,7 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def levels(self) -> Tensor:
-        """Return the weights that were packed, int8, shape (out, in), read by a product: oneDNN's order is its own."""
+        """Return the weights that were packed, int8, shape (out, in): read back by a product, as oneDNN's order is private."""
         ones = torch.full((self.in_features, self.in_features), _ZERO, dtype=torch.uint8)
         ones.diagonal().add_(1)
         return self.product(ones).div_(self.scales).round_().to(torch.int8).T.contiguous()
