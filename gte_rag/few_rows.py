@@ -52,9 +52,7 @@ _AT_ONCE = 12  # rows that are computed together without tiles: 24 registers of 
 _INPUTS = instructions.INPUTS
 _PART = 98304  # bytes of weights that a thread takes at a time, or one panel
 _THREADS = 4  # that share a pass at most: more have to be woken and fetch no faster
-_PATIENCE = (
-    5_000_000  # ticks of the processor's clock, some two milliseconds: torch's threads wait as long for a product
-)
+_PATIENCE = 5_000_000  # ticks of the processor's clock, some two milliseconds; torch's threads wait as long
 
 _four_rows, _eight_rows, _twelve_rows = (instructions.dot_products(rows) for rows in (4, 8, _AT_ONCE))
 
