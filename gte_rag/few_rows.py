@@ -38,7 +38,7 @@ from gte_rag.instructions import (
     ticks,
     two_groups,
 )
-from gte_rag.kernels import compiled, gate, get, inlined, level, mix, normalise, put
+from gte_rag.kernels import compiled, either, gate, get, inlined, level, mix, normalise, put
 from gte_rag.model import Layer
 from gte_rag.precision import Int8GatedMLP, Int8Linear
 
@@ -47,7 +47,7 @@ Array = NDArray[Any]
 ROWS = 64  # that a pass can have: texts of that length attend in one loop among others, too
 _TOGETHER = instructions.TILE_ROWS  # rows that are computed together in tiles
 COLUMNS = instructions.STRIDE  # that a product can read
-_CALLED = "74ca65789f122ab8"  # digest of kernels.py and instructions.py, which a test compares
+_CALLED = "c6801850d0d0713f"  # digest of kernels.py and instructions.py, which a test compares
 _AT_ONCE = 12  # rows that are computed together without tiles: 24 registers of sums
 _INPUTS = instructions.INPUTS
 _PART = 98304  # bytes of weights that a thread takes at a time, or one panel
@@ -90,6 +90,11 @@ def _next(state: Any, phase: Any, parts: Any) -> Any:
     """Say that a part is done, and take another."""
     add_one(state.ctypes.data + 8 * (_APART * phase + _DONE))
     return _first(state, phase, parts)
+
+
+@either
+def _padded(size: int, multiple: int) -> int:
+    return (size + multiple - 1) // multiple * multiple
 
 
 @inlined
@@ -142,14 +147,50 @@ def _multiply(
 @inlined
 def _panels(inner: Any, channels: Any) -> Any:
     """Return the number of panels of a product, how many are one part, and the bytes of one."""
-    size = (inner + _INPUTS - 1) // _INPUTS * _INPUTS * PANEL
-    return (channels + PANEL - 1) // PANEL, max(1, _PART // size), size
+    size = _padded(inner, _INPUTS) * PANEL
+    return _padded(channels, PANEL) // PANEL, max(1, _PART // size), size
 
 
 @inlined
 def _parts(inner: Any, channels: Any) -> Any:
     panels, together, _ = _panels(inner, channels)
     return (panels + together - 1) // together
+
+
+@inlined
+def _share_product(
+    state: Any,
+    phase: Any,
+    levels: Any,
+    weights: Any,
+    place: Any,
+    inner: Any,
+    channels: Any,
+    offsets: Any,
+    scales: Any,
+    out: Any,
+    rows: Any,
+    sums: Any,
+) -> None:
+    """Take part in a product, which is one phase."""
+    parts = _parts(inner, channels)
+    part = _first(state, phase, parts)
+    while part >= 0:
+        _multiply(levels, weights, place, inner, channels, offsets, scales, out, rows, part, sums)
+        part = _next(state, phase, parts)
+
+
+@inlined
+def _share_norm(
+    state: Any, phase: Any, product: Any, product_size: Any, values: Any, eps: Any, hidden: Any, levels: Any, size: Any
+) -> None:
+    """Take part in adding a product to the hidden state and LayerNorm; `values`: bias, weight and offset, (3, C)."""
+    rows = hidden.shape[0]
+    part = _first(state, phase, rows)
+    while part >= 0:
+        at = slice(part, part + 1)
+        normalise(product[at], product_size[at], values[0], hidden[at], values[1], values[2], eps, levels[at], size[at])
+        part = _next(state, phase, rows)
 
 
 @inlined
@@ -197,8 +238,8 @@ def _attend(
             put(place, i, mixed[i])
 
 
-@inlined
-def _channels(width: Any) -> Any:
+@either
+def _channels(width: int) -> tuple[int, int, int, int]:
     """Return where the channels of the four products of a layer begin in `offsets` and `scales`."""
     return 0, 3 * width, 5 * width, 4 * width
 
@@ -273,11 +314,9 @@ def _run(
         qkv, o, up, down = _channels(width)
         shift, step = offsets[layer], scales[layer]
 
-        parts = _parts(width, 3 * width)
-        part = _first(state, phase, parts)
-        while part >= 0:
-            _multiply(levels, weights, place[0], width, 3 * width, shift[qkv:], step[qkv:], product, rows, part, sums)
-            part = _next(state, phase, parts)
+        _share_product(
+            state, phase, levels, weights, place[0], width, 3 * width, shift[qkv:], step[qkv:], product, rows, sums
+        )
         part = _first(state, phase + 1, heads * texts)
         while part >= 0:
             text = part // heads
@@ -291,25 +330,15 @@ def _run(
             level(mixed[at], middle[at], middle_size[at])
             part = _next(state, phase + 2, rows)
 
-        parts = _parts(width, width)
-        part = _first(state, phase + 3, parts)
-        while part >= 0:
-            _multiply(middle, weights, place[1], width, width, shift[o:], step[o:], product, rows, part, sums)
-            part = _next(state, phase + 3, parts)
-        part = _first(state, phase + 4, rows)
-        while part >= 0:
-            at = slice(part, part + 1)
-            normalise(
-                product[at], middle_size[at], values[3], hidden[at], values[4], values[5], eps, levels[at], size[at]
-            )
-            part = _next(state, phase + 4, rows)
+        _share_product(
+            state, phase + 3, middle, weights, place[1], width, width, shift[o:], step[o:], product, rows, sums
+        )
+        _share_norm(state, phase + 4, product, middle_size, values[3:6], eps, hidden, levels, size)
 
         channels = 2 * own - plain
-        parts = _parts(width, channels)
-        part = _first(state, phase + 5, parts)
-        while part >= 0:
-            _multiply(levels, weights, place[2], width, channels, shift[up:], step[up:], product, rows, part, sums)
-            part = _next(state, phase + 5, parts)
+        _share_product(
+            state, phase + 5, levels, weights, place[2], width, channels, shift[up:], step[up:], product, rows, sums
+        )
         part = _first(state, phase + 6, rows)
         while part >= 0:
             at = slice(part, part + 1)
@@ -317,18 +346,10 @@ def _run(
             gate(of, of, own - plain, own, plain, size[at], middle[at], middle_size[at])
             part = _next(state, phase + 6, rows)
 
-        parts = _parts(own, width)
-        part = _first(state, phase + 7, parts)
-        while part >= 0:
-            _multiply(middle, weights, place[3], own, width, shift[down:], step[down:], product, rows, part, sums)
-            part = _next(state, phase + 7, parts)
-        part = _first(state, phase + 8, rows)
-        while part >= 0:
-            at = slice(part, part + 1)
-            normalise(
-                product[at], middle_size[at], values[6], hidden[at], values[7], values[8], eps, levels[at], size[at]
-            )
-            part = _next(state, phase + 8, rows)
+        _share_product(
+            state, phase + 7, middle, weights, place[3], own, width, shift[down:], step[down:], product, rows, sums
+        )
+        _share_norm(state, phase + 8, product, middle_size, values[6:9], eps, hidden, levels, size)
         phase += _PHASES
     if tiles.shape[0]:
         release_tiles()
@@ -457,10 +478,6 @@ class FewRows:
         _HELPERS.ask(partial(_run, *arguments, _JOINED), min(torch.get_num_threads(), _THREADS) - 1)
         _run(*arguments, _CALLS)
         self._spare.append(buffers)  # who comes later finds no part left, and touches nothing
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _aligned(size: int) -> Array:

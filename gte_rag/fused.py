@@ -39,7 +39,8 @@ _ROWS = (
 )
 _STEP = 16  # row counts are rounded up to multiples of this, because oneDNN prepares a kernel for each; but see _FEW
 _FEW = 128  # with fewer rows than this the calling thread computes alone, and no row is wasted on rounding
-_SHORT = 64  # texts up to this length attend in one loop, longer ones by matrix products
+_SHORT = 32  # texts up to this length attend in one loop, longer ones by matrix products
+_SHORT_IN_8_BITS = 64  # the same in 8 bits: as long as in `gte_rag.few_rows`, so that a text gets one vector
 _SCORES = 1 << 19  # scores that one product of queries and keys may give, in one core's cache with what belongs to them
 _QUERIES = 256  # queries of a long text that are scored together
 _KEPT_ROWS = 4096  # buffers up to this size are kept for the next batch; those of longer texts are given back
@@ -264,6 +265,7 @@ class Fused:
         self._first_norm = _norm(model.embeddings_ln)
         self._layers = [_Layer(layer) for layer in model.layers if isinstance(layer, Layer)]
         self._eight = precision == "int8"
+        self.short = _SHORT_IN_8_BITS if self._eight else _SHORT
         self._low = {"int8": torch.uint8, "bf16": torch.bfloat16}.get(precision, torch.float32)
         attention = model.layers[0].attention
         in_bfloat16 = precision == "bf16" or bool(getattr(attention, "in_bfloat16", False))
@@ -454,8 +456,8 @@ class _Pass:
         """Cut the attention of a layer into parts of about equal cost."""
         heads, calls, costs = self._n._heads, [], []
         for start, length in zip(self._text_starts.tolist(), self._text_lengths.tolist(), strict=True):
-            queries = length if length <= _SHORT else min(length, _QUERIES)
-            together = heads if length <= _SHORT else max(1, min(heads, _SCORES // (queries * length)))
+            queries = length if length <= self._n.short else min(length, _QUERIES)
+            together = heads if length <= self._n.short else max(1, min(heads, _SCORES // (queries * length)))
             for head in range(0, heads, together):
                 for query in range(0, length, queries):
                     call = _Scores(
@@ -481,7 +483,7 @@ class _Pass:
         n, w = self._n, self._w
         depth = n._width // n._heads
         for start, length, heads, queries in calls:
-            if length <= _SHORT:
+            if length <= n.short:
                 self._k.attend(w.blocks.array, start, length, n._heads, n._scale, w.mixed.array)
                 continue
             q, k, v = (

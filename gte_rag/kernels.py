@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,6 +36,12 @@ def compiled(function: F) -> F:
 def inlined(function: F) -> F:
     """Compile a function as part of those that call it."""
     return cast(F, numba.njit(nogil=True, fastmath=_FAST, inline="never")(function))
+
+
+def either(function: F) -> F:
+    """Let compiled code call a plain function, too."""
+    registered: F = register_jitable(function)
+    return registered
 
 
 def get(array: Any, place: Any) -> Any:

@@ -164,7 +164,7 @@ def test_a_text_gets_the_vectors_that_it_gets_from_the_other_products(encoder: G
     texts += [
         " ".join(["the", "capital", "where", "water", "meets", "ice"] * 10)[: 5 * words] for words in range(30, 61, 3)
     ]
-    assert few_rows.ROWS <= fused._SHORT
+    assert few_rows.ROWS <= fused._SHORT_IN_8_BITS
     asked = [encoder.encode_documents([text]) for text in texts]
     with other_way():
         given = [encoder.encode_documents([text]) for text in texts]
